@@ -1,0 +1,7 @@
+"""Callbacks for any Trainer."""
+
+from lightning_moe.callbacks.balancing import BalanceLossCallback
+from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
+from lightning_moe.callbacks.upcycle import MoEUpcycleCallback
+
+__all__ = ["BalanceLossCallback", "ExpertUtilizationCallback", "MoEUpcycleCallback"]

@@ -1,0 +1,252 @@
+"""Turns the model of any LightningModule into a Mixture-of-Experts model, by being in the Trainer's list."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_moe.callbacks.balancing import BalanceLossCallback
+from lightning_moe.callbacks.base import uses_deepspeed
+from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
+from lightning_moe.ffn import find_ffns
+from lightning_moe.layer import moe_layers
+from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from lightning_moe.saving import moe_recipe
+from lightning_moe.upcycle import Receipt, UpcycleConfig, upcycle
+
+CHECKPOINT_KEY = "lightning_moe"
+_DEFAULT_LOSSES = (LoadBalancingLoss(0.01), ZLoss(0.001))
+
+
+class MoEUpcycleCallback(Callback):
+    """Upcycles a LightningModule's model before the strategy wraps it, and trains, balances and watches the experts.
+
+    Adding this one callback to an existing Trainer is enough. The model may be built in ``__init__`` or in
+    ``configure_model``; the callback serves ``fit`` (also from a checkpoint), ``validate``, ``test`` and ``predict``. A
+    module that is upcycled already is left alone. It brings a `BalanceLossCallback` and an `ExpertUtilizationCallback`
+    with it, unless the Trainer has its own.
+
+    Args:
+        config: what to make of the model.
+        balance_losses: losses to train with, each with its coefficient; None turns them off.
+        log_utilization: whether to log how the experts are used.
+        module: attribute path of the part of the LightningModule to upcycle, as ``"model.language_model"``; None takes
+            all of it.
+
+    Raises:
+        MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
+            or if another callback has copied the dense module before.
+
+    Example:
+        >>> callback = MoEUpcycleCallback(UpcycleConfig(num_experts=8))
+        >>> [loss.name for loss in callback.balance_losses]
+        ['load_balancing_loss', 'z_loss']
+    """
+
+    def __init__(
+        self,
+        config: UpcycleConfig,
+        *,
+        balance_losses: list[BalanceLoss] | tuple[BalanceLoss, ...] | None = _DEFAULT_LOSSES,
+        log_utilization: bool = True,
+        module: str | None = None,
+    ) -> None:
+        self.config = config
+        self.balance_losses = balance_losses
+        self.log_utilization = log_utilization
+        self.module = module
+        self.receipt: Receipt | None = None
+        self._sources: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._parts: list[Callback] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
+        _check_launcher(trainer, pl_module)
+        _check_order(trainer, self)
+        self._add_parts(trainer)
+        if self._is_lazy(pl_module):
+            _run_after(pl_module, "configure_model", lambda _: self._upcycle(pl_module))
+        else:
+            self._upcycle(pl_module)
+        if stage == "fit":
+            _run_after(pl_module, "configure_optimizers", lambda made: self._repoint(pl_module, made))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes sure that every expert and router is trained."""
+        for layer in moe_layers(pl_module).values():
+            # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
+            layer.train()
+        if uses_deepspeed(trainer):
+            return  # its optimizers hold flattened copies, made from the parameters that configure_optimizers named
+        trained = {
+            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        forgotten = [
+            f"{name}.{key}"
+            for name, layer in moe_layers(pl_module).items()
+            for key, parameter in layer.named_parameters()
+            if parameter.requires_grad and id(parameter) not in trained
+        ]
+        if forgotten:
+            raise MisconfigurationException(
+                f"{len(forgotten)} MoE parameters are in no optimizer and would never train: {', '.join(forgotten[:3])}"
+                f"{', ...' if len(forgotten) > 3 else ''}. Build the optimizer in configure_optimizers() from "
+                "self.parameters(), or set requires_grad=False on what shall stay as it is."
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Writes the recipe of the MoE layers into the checkpoint, as plain Python."""
+        checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the module its own methods back and takes the parts out of the Trainer."""
+        for name in ("configure_model", "configure_optimizers"):
+            _restore(pl_module, name)
+        for part in self._parts:
+            part.teardown(trainer, pl_module, stage)
+            if part in trainer.callbacks:
+                trainer.callbacks.remove(part)
+        self._parts = []
+
+    def _add_parts(self, trainer: Trainer) -> None:
+        # Right behind this callback, so that their setup and every later hook run as if the user had listed them.
+        wanted: list[Callback] = []
+        if self.balance_losses and not _has(trainer, BalanceLossCallback):
+            wanted.append(BalanceLossCallback(self.balance_losses))
+        if self.log_utilization and not _has(trainer, ExpertUtilizationCallback):
+            wanted.append(ExpertUtilizationCallback())
+        place = trainer.callbacks.index(self) + 1
+        trainer.callbacks[place:place] = wanted
+        self._parts = wanted
+
+    def _is_lazy(self, pl_module: LightningModule) -> bool:
+        # whether the model is yet to be built, in configure_model
+        if type(pl_module).configure_model is LightningModule.configure_model or moe_layers(pl_module):
+            return False
+        try:
+            find_ffns(pl_module.get_submodule(self.module or ""), self.config.family)
+        except (AttributeError, TypeError):
+            return True
+        return False
+
+    def _upcycle(self, pl_module: LightningModule) -> None:
+        if layers := moe_layers(pl_module):
+            rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
+            return
+        target: nn.Module = pl_module
+        if self.module is not None:
+            try:
+                target = pl_module.get_submodule(self.module)
+            except AttributeError as error:
+                names = ", ".join(name for name, _ in pl_module.named_children())
+                raise MisconfigurationException(
+                    f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
+                ) from error
+        dense = find_ffns(target, self.config.family)
+        prefix = "" if self.module is None else f"{self.module}."
+        for name, weights in dense.items():
+            for canonical, parameter in weights.sources:
+                self._sources[id(parameter)] = (weakref.ref(parameter), f"{prefix}{name}/{canonical}")
+        self.receipt = upcycle(target, self.config)
+        for name, layer in moe_layers(pl_module).items():
+            layer.name = name
+        rank_zero_info(str(self.receipt))
+
+    def _repoint(self, pl_module: LightningModule, made: Any) -> None:
+        # LightningCLI's --optimizer, or a user, may have made the optimizer before the upcycling: it holds the dense
+        # FFNs' parameters. Each group that held one gets the MoE parameters that took its place.
+        layers = moe_layers(pl_module)
+        for optimizer in _optimizers(made):
+            present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for group in optimizer.param_groups:
+                kept, places = [], set()
+                for parameter in group["params"]:
+                    reference, place = self._sources.get(id(parameter), (None, ""))
+                    # an id can be reused once the dense parameter is gone; the reference tells
+                    if reference is not None and reference() is parameter and place.split("/")[0] in layers:
+                        places.add(place)
+                    else:
+                        kept.append(parameter)
+                if places:
+                    new = [p for place in sorted(places) for p in _successors(layers, place) if id(p) not in present]
+                    unique = {id(p): p for p in new}
+                    present |= set(unique)
+                    group["params"] = kept + list(unique.values())
+
+
+def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:
+    # which MoE parameters follow one dense parameter; the router goes where the up projection was
+    name, canonical = place.split("/")
+    layer = layers[name]
+    experts = layer.experts
+    if canonical.startswith("down"):
+        found = [experts.down_proj_bias if canonical.endswith("bias") else experts.down_proj]
+    else:
+        found = [experts.first_proj_bias if canonical.endswith("bias") else experts.first_proj]
+    if canonical == "up":
+        found += list(layer.router.parameters())
+    return [p for p in found if p is not None and p.requires_grad]
+
+
+def _optimizers(made: Any) -> list[Optimizer]:
+    # whatever configure_optimizers may return: an optimizer, a dict with one, and lists and tuples of these
+    if isinstance(made, Optimizer):
+        return [made]
+    if isinstance(made, dict):
+        return _optimizers(made.get("optimizer"))
+    if isinstance(made, (list, tuple)):
+        return [optimizer for entry in made for optimizer in _optimizers(entry)]
+    return []
+
+
+def _run_after(pl_module: LightningModule, name: str, then: Callable[[Any], None]) -> None:
+    # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true.
+    _restore(pl_module, name)
+    original = getattr(pl_module, name)
+
+    def hook() -> Any:
+        made = original()
+        then(made)
+        return made
+
+    hook._lightning_moe_original = pl_module.__dict__.get(name)  # type: ignore[attr-defined]
+    pl_module.__dict__[name] = hook
+
+
+def _restore(pl_module: LightningModule, name: str) -> None:
+    hook = pl_module.__dict__.get(name)
+    if hook is None or not hasattr(hook, "_lightning_moe_original"):
+        return
+    del pl_module.__dict__[name]
+    if hook._lightning_moe_original is not None:
+        pl_module.__dict__[name] = hook._lightning_moe_original
+
+
+def _has(trainer: Trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
+
+
+def _check_launcher(trainer: Trainer, pl_module: LightningModule) -> None:
+    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
+    if launcher == "_MultiProcessingLauncher" and not moe_layers(pl_module):
+        raise MisconfigurationException(
+            "MoEUpcycleCallback cannot work with a strategy that spawns or forks its processes (ddp_spawn, ddp_fork, "
+            "ddp_notebook): the trained experts would stay in the children and be lost. Use strategy='ddp', or call "
+            "upcycle(model, config) before trainer.fit(...)."
+        )
+
+
+def _check_order(trainer: Trainer, own: Callback) -> None:
+    # these copy or freeze the dense module in their own setup
+    early = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"}
+    for callback in trainer.callbacks[: trainer.callbacks.index(own)]:
+        if early & {cls.__name__ for cls in type(callback).__mro__}:
+            raise MisconfigurationException(
+                f"{type(callback).__name__} stands before MoEUpcycleCallback in the Trainer's callbacks and would work "
+                "on the dense module. Put MoEUpcycleCallback first."
+            )

@@ -1,0 +1,269 @@
+"""Stacked expert weights and their compute: dispatch, grouped GEMM, combine.
+
+The experts of a layer are three-dimensional tensors, never a list of modules: an expert without a token still gets a
+(zero) gradient on every rank, so nothing hangs or drifts under DDP, FSDP and DeepSpeed. Beside the fast path stands
+`Experts.loop`, the slow, obvious one, which is the reference.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """The assignments in the order of their experts.
+
+    Args:
+        x: hidden states, one row per assignment, sorted by expert.
+        order: the assignment behind each row.
+        expert_ids: the expert of each row, ascending.
+        offsets: where each expert's rows end.
+    """
+
+    x: Float[Tensor, "N D"]
+    order: Int[Tensor, " N"]
+    expert_ids: Int[Tensor, " N"]
+    offsets: Int[Tensor, " E"]
+
+
+def dispatch(x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
+    """Copies each token to its experts, rows sorted by expert.
+
+    Args:
+        x: hidden states of the tokens.
+        routing: where they go.
+
+    Returns:
+        One row per assignment. Within one expert the rows keep the order of the tokens.
+
+    Example:
+        >>> routing = Routing(torch.arange(3), torch.tensor([2, 0, 2]), torch.ones(3), *torch.zeros(2, 3, 3), top_k=1)
+        >>> dispatched = dispatch(torch.tensor([[1.0], [2.0], [3.0]]), routing)
+        >>> dispatched.x.flatten().tolist(), dispatched.offsets.tolist()
+        ([2.0, 1.0, 3.0], [1, 1, 3])
+    """
+    expert_ids, order = torch.sort(routing.expert_ids, stable=True)
+    experts = torch.arange(routing.num_experts, device=x.device, dtype=expert_ids.dtype)
+    # a binary search in the sorted ids: deterministic, and no host sync, unlike bincount
+    offsets = torch.searchsorted(expert_ids, experts, right=True).to(torch.int32)
+    # index_select and not x[...]: its backward is an index_add_ and not the slower index_put_
+    return Dispatched(x.index_select(0, routing.token_ids.index_select(0, order)), order, expert_ids, offsets)
+
+
+def combine(y: Float[Tensor, "N D"], dispatched: Dispatched, routing: Routing) -> Float[Tensor, "T D"]:
+    """Brings the experts' outputs back to their tokens and sums them by their weights, in float32.
+
+    Args:
+        y: experts' outputs in the order of ``dispatched``.
+        dispatched: what `dispatch` returned.
+        routing: the routing behind it. A token may have the same expert twice: both contributions add up.
+
+    Returns:
+        The weighted sum per token, in the dtype of ``y``; zeros for a token without an expert.
+    """
+    if routing.top_k is not None:
+        weights = routing.weights.view(-1, routing.top_k)
+        return _CombineTopK.apply(y, weights, dispatched.order)  # type: ignore[no-any-return]
+    weighted = y * routing.weights.index_select(0, dispatched.order).unsqueeze(-1)  # float32
+    out = weighted.new_zeros(routing.num_tokens, y.shape[1])
+    return out.index_add_(0, routing.token_ids.index_select(0, dispatched.order), weighted).to(y.dtype)
+
+
+class _CombineTopK(torch.autograd.Function):
+    # Same result as indexing in plain autograd, without its scatter-add and its saved float32 copy of y.
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, order)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        per_token = y.index_select(0, inverse).view(*weights.shape, y.shape[1])  # (T, K, D)
+        return (per_token * weights.unsqueeze(-1)).sum(1).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        y, weights, order = ctx.saved_tensors
+        top_k = weights.shape[1]
+        dtype = torch.promote_types(y.dtype, weights.dtype)
+        grad = grad_out.index_select(0, order.div(top_k, rounding_mode="floor")).to(dtype)  # (N, D)
+        grad_weights = torch.empty_like(weights.reshape(-1))
+        grad_weights[order] = (grad * y).sum(-1).to(weights.dtype)
+        grad_y = grad.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(-1)).to(y.dtype)
+        return grad_y, grad_weights.view_as(weights), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    # silu(gate) * up of a fused (N, 2F) tensor. Plain autograd would cat the two halves of the gradient: one pass over
+    # the largest tensor of the layer saved.
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up, silu = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    # transformers has its own SiLUActivation
+    return activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _can_group(x: Tensor, weight: Tensor) -> bool:
+    # What torch 2.13's kernel takes: three dtypes, rows whose stride is a multiple of 16 bytes; and no dimension of 0.
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.shape[0] == 0:
+        return False
+    return all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def grouped_linear(
+    x: Float[Tensor, "N I"], weight: Float[Tensor, "E O I"], offsets: Int[Tensor, " E"]
+) -> Float[Tensor, "N O"]:
+    """Multiplies each expert's rows by that expert's weight: ``y[n] = weight[expert of n] x[n]``.
+
+    One grouped GEMM where torch's kernel takes the dtype and the widths, a loop over the experts elsewhere.
+
+    Args:
+        x: rows sorted by expert.
+        weight: one matrix per expert.
+        offsets: where each expert's rows end.
+    """
+    if _can_group(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    ends = offsets.tolist()
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    # unbind and not weight[e]: indexing makes autograd add a full-size zero tensor per expert
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0), strict=True)])
+
+
+class Experts(nn.Module):
+    """The FFNs of a layer's experts, stacked into three-dimensional tensors.
+
+    Gated: ``y = down_e (act(gate_e x) * up_e x)``, else ``y = down_e act(up_e x)``, with biases where the dense FFN has
+    them. Weights lie as transformers 5 stacks its own experts: ``gate_up_proj`` (E, 2F, D), the gate's rows first, or
+    ``up_proj`` (E, F, D), and ``down_proj`` (E, D, F).
+
+    Args:
+        num_experts: number of experts E.
+        hidden_size: D.
+        expert_size: F, the width of one expert.
+        activation: the function between the projections.
+        gated: whether there is a gate.
+        up_bias: whether the gate and up projections have biases.
+        down_bias: whether the down projection has biases.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Parameters are left uninitialised: an `ExpertInit` fills them from the dense FFN.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        expert_size: int,
+        *,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        gated: bool = True,
+        up_bias: bool = False,
+        down_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.expert_size = expert_size
+        self.activation = activation
+        self.gated = gated
+        self.up_bias = up_bias
+        self.down_bias = down_bias
+        rows = 2 * expert_size if gated else expert_size
+        prefix = "gate_up" if gated else "up"
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.register_parameter(f"{prefix}_proj", parameter(rows, hidden_size))
+        self.register_parameter("down_proj", parameter(hidden_size, expert_size))
+        self.register_parameter(f"{prefix}_proj_bias", parameter(rows) if up_bias else None)
+        self.register_parameter("down_proj_bias", parameter(hidden_size) if down_bias else None)
+
+    @property
+    def first_proj(self) -> nn.Parameter:
+        """``gate_up_proj`` or ``up_proj``, whichever these experts have."""
+        return self.gate_up_proj if self.gated else self.up_proj
+
+    @property
+    def first_proj_bias(self) -> nn.Parameter | None:
+        """The bias beside `first_proj`."""
+        return self.gate_up_proj_bias if self.gated else self.up_proj_bias
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(model)``."""
+        return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, expert_size={self.expert_size}"
+
+    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """Computes ``y[t] = sum_n weights[n] * expert_{expert_ids[n]}(x[t])`` over the assignments n of token t."""
+        weights = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
+        if torch.is_autocast_enabled(x.device.type):
+            # grouped_mm is no autocast operation: without this it would silently run in float32
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weights = x.to(dtype), [None if w is None else w.to(dtype) for w in weights]
+        first, down, first_bias, down_bias = weights
+        assert first is not None
+        assert down is not None
+        rows = dispatch(x, routing)
+        hidden = grouped_linear(rows.x, first, rows.offsets)  # (N, 2F) or (N, F)
+        if first_bias is not None:
+            hidden = hidden + first_bias.index_select(0, rows.expert_ids)
+        y = grouped_linear(self.activate(hidden), down, rows.offsets)  # (N, D)
+        if down_bias is not None:
+            y = y + down_bias.index_select(0, rows.expert_ids)
+        return combine(y, rows, routing)
+
+    def activate(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
+        """Applies the activation, and the gate where there is one, to the first projection's output."""
+        if not self.gated:
+            return self.activation(hidden)
+        if _is_silu(self.activation):
+            return _SwiGLU.apply(hidden)  # type: ignore[no-any-return]
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def loop(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """The reference for `forward`: one expert after the other, in plain autograd."""
+        out = x.new_zeros(x.shape)
+        for expert in range(self.num_experts):
+            chosen = routing.expert_ids == expert
+            rows = x[routing.token_ids[chosen]]
+            first_bias = None if self.first_proj_bias is None else self.first_proj_bias[expert]
+            down_bias = None if self.down_proj_bias is None else self.down_proj_bias[expert]
+            hidden = F.linear(rows, self.first_proj[expert], first_bias)
+            if self.gated:
+                gate, up = hidden.chunk(2, dim=-1)
+                hidden = self.activation(gate) * up
+            else:
+                hidden = self.activation(hidden)
+            y = F.linear(hidden, self.down_proj[expert], down_bias) * routing.weights[chosen].unsqueeze(-1)
+            out = out.index_add(0, routing.token_ids[chosen], y.to(out.dtype))
+        return out

@@ -1,0 +1,227 @@
+"""Saves and loads upcycled models: safetensors and one JSON, no pickle.
+
+A *recipe* is the part of an upcycled model that its weights do not tell, in plain Python: which module became a MoE
+layer, with which router and how many experts of which width. It stands in ``moe_config.json`` and in every Lightning
+checkpoint.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import load_torch_model, save_torch_model
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from lightning_moe.__about__ import __version__
+from lightning_moe.ffn import FFNFamily
+from lightning_moe.initializers import CopyInit
+from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.routers import ROUTERS, Router
+from lightning_moe.routers.base import init_arguments
+from lightning_moe.upcycle import UpcycleConfig, upcycle
+
+CONFIG_FILE = "moe_config.json"
+FORMAT = 1
+
+
+def moe_recipe(model: nn.Module, family: FFNFamily | None = None) -> dict[str, Any]:
+    """Describes the MoE layers of a model in plain Python, so that `apply_recipe` can make them again.
+
+    Args:
+        model: an upcycled model.
+        family: the family it was upcycled with, if that is none of `FFN_FAMILIES`.
+
+    Raises:
+        ValueError: if the model has no MoE layer.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer to save; call upcycle(model, config) first.")
+    return {
+        "format": FORMAT,
+        "lightning_moe": __version__,
+        "family": None if family is None else vars(family),
+        "layers": {name: _layer_recipe(name, layer) for name, layer in layers.items()},
+    }
+
+
+def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Gives a dense model the MoE layers of a recipe, in place; their weights are copies of the dense ones.
+
+    Args:
+        model: the dense model that the recipe's model was upcycled from, or one of the same architecture.
+        recipe: what `moe_recipe` returned.
+
+    Raises:
+        ValueError: if the recipe is of a newer format, or its layers are not this model's.
+    """
+    if recipe.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"moe_config: format {recipe['format']} was written by lightning-moe {recipe.get('lightning_moe')}; "
+            f"{__version__} reads up to {FORMAT}. Upgrade lightning-moe."
+        )
+    family = None if recipe["family"] is None else FFNFamily(**recipe["family"])
+    built: dict[str, tuple[Any, ...]] = {}
+    for name, layer in recipe["layers"].items():
+        key = (layer["num_experts"], layer["router"]["class_path"], json.dumps(layer["router"]["init_args"]))
+        built.setdefault(json.dumps(key), (layer, []))[1].append(name)
+    if len(built) != 1:
+        raise ValueError("moe_config: the layers differ in their routers; one configuration serves all layers.")
+    layer, names = next(iter(built.values()))
+    router_class, arguments = _router_class(layer["router"]["class_path"]), layer["router"]["init_args"]
+
+    def router(hidden_size: int, num_experts: int) -> Router:
+        return router_class(hidden_size, num_experts, **arguments)
+
+    upcycle(
+        model,
+        UpcycleConfig(num_experts=layer["num_experts"], router=router, init=CopyInit(), layers=names, family=family),
+    )
+
+
+def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = None) -> None:
+    """Writes an upcycled model to a directory: ``model*.safetensors`` and ``moe_config.json``.
+
+    Args:
+        model: an upcycled model; for a Hugging Face model its configuration is written too, so that `load_moe` needs
+            nothing else.
+        path: the directory, made if it does not exist.
+        family: the family it was upcycled with, if that is none of `FFN_FAMILIES`.
+
+    Raises:
+        ValueError: if the model has no MoE layer.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
+        >>> receipt = upcycle(model, UpcycleConfig(num_experts=4))
+        >>> dense = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     save_moe(model, path)
+        ...     loaded = load_moe(path, model=dense)
+        >>> bool((loaded[0].router.gate == model[0].router.gate).all())
+        True
+    """
+    config: dict[str, Any] = {"recipe": moe_recipe(model, family), "model": None}
+    if isinstance(model, transformers.PreTrainedModel):
+        config["model"] = {
+            "class": type(model).__name__,
+            "config": json.loads(model.config.to_json_string(use_diff=False)),
+            "generation_config": _generation_config(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2)
+    save_torch_model(model, directory)
+    (directory / CONFIG_FILE).write_text(text + "\n")
+
+
+def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """Loads what `save_moe` wrote, in evaluation mode.
+
+    Args:
+        path: the directory.
+        model: the dense model to build on; needed for what is no Hugging Face model. It is changed in place.
+
+    Returns:
+        The upcycled model.
+
+    Raises:
+        FileNotFoundError: if the directory holds no ``moe_config.json``.
+        ValueError: if the weights do not fit, or if the saved model is no Hugging Face model and ``model`` is None.
+    """
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist. Give the directory that save_moe(model, path) wrote.")
+    config = json.loads(file.read_text())
+    if model is None:
+        if config["model"] is None:
+            raise ValueError(
+                f"{path} was saved from a model that is none of transformers'; pass model=<the dense one>."
+            )
+        model = _empty_model(config["model"])
+    apply_recipe(model, config["recipe"])
+    result = load_torch_model(model, Path(path), strict=False)
+    missing = [key for key in result.missing_keys if not _is_tied(model, key, set(result.missing_keys))]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path}: the weights do not fit {type(model).__name__}. Missing: {missing[:3]}; unexpected: "
+            f"{list(result.unexpected_keys)[:3]}. Build the dense model as it was when the MoE was saved."
+        )
+    return model.eval()
+
+
+def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
+    router = type(layer.router)
+    arguments = init_arguments(layer.router, skip=("hidden_size", "num_experts"))
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: the arguments of {router.__name__} cannot be written as JSON ({error}). Give its __init__ plain "
+            "numbers, strings, lists or None."
+        ) from error
+    return {
+        "num_experts": layer.experts.num_experts,
+        "expert_size": layer.experts.expert_size,
+        "router": {"class_path": f"{router.__module__}.{router.__qualname__}", "init_args": arguments},
+    }
+
+
+def _router_class(class_path: str) -> type[Router]:
+    module, _, name = class_path.rpartition(".")
+    own = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in ROUTERS}
+    try:
+        cls = own.get(class_path) or getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The model was saved with the router {class_path}, which cannot be imported here ({error}). Install the "
+            "package that defines it, or put its file on the Python path."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Router)):
+        raise ValueError(f"The model was saved with the router {class_path}, which is no Router.")
+    return cls
+
+
+def _generation_config(model: transformers.PreTrainedModel) -> dict[str, Any] | None:
+    generation = getattr(model, "generation_config", None)
+    return None if generation is None else json.loads(generation.to_json_string())  # type: ignore[no-any-return]
+
+
+def _empty_model(saved: dict[str, Any]) -> nn.Module:
+    cls = getattr(transformers, saved["class"], None)
+    if cls is None:
+        raise ValueError(
+            f"The model was saved as transformers.{saved['class']}, which transformers {transformers.__version__} does "
+            "not have. Install the version it was saved with, or pass model=<the dense one>."
+        )
+    default = torch.get_default_dtype()
+    # built in its dtype and not cast to it: a cast would take the float32 buffers of the rotary embedding along
+    torch.set_default_dtype(getattr(torch, saved["dtype"]))
+    try:
+        with no_init_weights():
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(saved["config"]))
+    finally:
+        torch.set_default_dtype(default)
+    # skipping the initialisation skips the tying too
+    model.tie_weights()
+    if saved["generation_config"] is not None:
+        model.generation_config = transformers.GenerationConfig.from_dict(saved["generation_config"])
+    return model
+
+
+def _is_tied(model: nn.Module, key: str, missing: set[str]) -> bool:
+    # one tensor under two names is written once
+    def tensor(name: str) -> Tensor | None:
+        owner, _, attribute = name.rpartition(".")
+        found = getattr(model.get_submodule(owner), attribute)
+        return found if isinstance(found, Tensor) else None
+
+    own = tensor(key)
+    others = (name for name, _ in model.named_parameters(remove_duplicate=False) if name not in missing)
+    return any(tensor(name) is own for name in others)
