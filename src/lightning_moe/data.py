@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,42 +288,16 @@ class TextDataModule(LightningDataModule):
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         separator = _separator_id(tokenizer, self.separator)
-        train = _find_files("data_files", self.data_files)
-        val = _find_files("val_files", self.val_files)
-        folders = {place: self._tokens(place, files, tokenizer) for place, files in {**train, **val}.items()}
+        folder = self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lightning_moe")
+        num_proc = self.num_proc or min(os.cpu_count() or 1, 8)
+        cache = _TokenCache(Path(folder).expanduser(), tokenizer, self.text_column, num_proc)
+        train, val = (
+            {place: cache.of_files(place, files) for place, files in _find_files(argument, found).items()}
+            for argument, found in (("data_files", self.data_files), ("val_files", self.val_files))
+        )
         if self.dataset is not None:
-            table = _load_hub(self.dataset, self.dataset_config)
-            place = f"dataset={self.dataset!r}"
-            folders[place] = self._tokens(place, [Path(f["filename"]) for f in table.cache_files], tokenizer, table)
-            train = {place: []}
-        return separator, {place: folders[place] for place in train}, {place: folders[place] for place in val}
-
-    def _tokens(
-        self, place: str, files: list[Path], tokenizer: PreTrainedTokenizerBase, table: datasets.Dataset | None = None
-    ) -> Path:
-        """The folder with the tokens of these files, or of the table that they hold; made if it is not there yet."""
-        identity = [_tokenizer_digest(tokenizer), self.text_column, table is None]
-        identity += [(_builder(file), _file_digest(file)) for file in files]
-        cache = Path(self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightning_moe")
-        folder = cache.expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-        if folder.is_dir():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # The folder appears under its name only when it is complete, so that neither a killed preparation nor two at
-        # once can leave a half one.
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
-            column = self.text_column
-            texts = _read_files(place, files, column, scratch) if table is None else [_texts(place, table, column)]
-            complete = Path(scratch, "complete")
-            complete.mkdir()
-            _write_tokens(place, texts, tokenizer, self.num_proc or min(os.cpu_count() or 1, 8), complete)
-            try:
-                complete.rename(folder)
-            except OSError:
-                # Another process was faster.
-                if not folder.is_dir():
-                    raise
-        return folder
+            train = {f"dataset={self.dataset!r}": cache.of_dataset(self.dataset, self.dataset_config)}
+        return separator, train, val
 
     def _split(self, place: str, folder: Path, separator: int, val_fraction: float) -> tuple[Subset, Subset]:
         """Training blocks and validation blocks of one corpus."""
@@ -333,9 +307,9 @@ class TextDataModule(LightningDataModule):
         needed = 1 + (val_fraction > 0)
         if num_blocks < needed:
             raise ValueError(
-                f"{place}: {num_tokens} tokens make {num_blocks} block(s) of block_size={self.block_size}, and {needed} are "
-                "needed (one for training, one for validation from the same files); give more text or a smaller "
-                "block_size."
+                f"{place}: {num_tokens} tokens make {num_blocks} block(s) of block_size={self.block_size}, fewer than "
+                f"the {needed} that training{' and validation from it need' if needed > 1 else ' needs'}; give more "
+                "text or a smaller block_size."
             )
         num_train = num_blocks
         order = np.arange(len(lengths))
@@ -413,8 +387,8 @@ class _ResumableLoader(DataLoader):
     """A DataLoader that begins where the Trainer's counters are."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Lightning makes the first iterator before it has restored its counters, and workers would ask the sampler at
-        # once; a generator waits for the first batch.
+        # A generator waits for the first batch. Lightning asks for the first iterator before it has set its counters
+        # (2.6.6), and worker processes would read the sampler there and then.
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -423,6 +397,48 @@ class _ResumableLoader(DataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+class _TokenCache:
+    """Tokenised corpora on disk, each in a folder named by a hash of its content and of what tokenised it."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, text_column: str, num_proc: int) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.num_proc = num_proc
+        self.identity = [_tokenizer_digest(tokenizer), text_column]
+
+    def of_files(self, place: str, files: list[Path]) -> Path:
+        """The folder with the tokens of local files."""
+        content = [[_builder(file), _file_digest(file)] for file in files]
+        return self._get(content, place, functools.partial(_read_files, place, files, self.text_column))
+
+    def of_dataset(self, name: str, config: str | None) -> Path:
+        """The folder with the tokens of a data set of the Hub."""
+        place = f"dataset={name!r}"
+        table = _load_hub(name, config)
+        # The local copy in Arrow files; nothing is downloaded a second time.
+        content = ["hub", *(_file_digest(Path(file["filename"])) for file in table.cache_files)]
+        return self._get(content, place, lambda _: iter([_texts(place, table, self.text_column)]))
+
+    def _get(self, content: list, place: str, read: Callable[[str], Iterator[datasets.Dataset]]) -> Path:
+        folder = self.folder / hashlib.sha256(json.dumps([self.identity, content]).encode()).hexdigest()[:32]
+        if folder.is_dir():
+            return folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The folder gets its name when it is complete: neither a killed preparation nor two at once leave a half one.
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.folder, ignore_cleanup_errors=True) as scratch:
+            complete = Path(scratch, "complete")
+            complete.mkdir()
+            _write_tokens(place, read(scratch), self.tokenizer, self.num_proc, complete)
+            try:
+                complete.rename(folder)
+            except OSError:
+                # Another process was faster.
+                if not folder.is_dir():
+                    raise
+        return folder
 
 
 def _collate(blocks: list[Int[Tensor, " S"]]) -> Batch:
@@ -524,7 +540,7 @@ def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> di
 
 
 def _write_tokens(
-    place: str, texts: Iterable[datasets.Dataset], tokenizer: PreTrainedTokenizerBase, num_proc: int, folder: Path
+    place: str, texts: Iterator[datasets.Dataset], tokenizer: PreTrainedTokenizerBase, num_proc: int, folder: Path
 ) -> None:
     """Writes the tokens of all documents end to end, and the number of tokens of each document."""
     lengths = [np.zeros(0, dtype=np.int64)]

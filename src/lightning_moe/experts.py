@@ -176,6 +176,14 @@ class Experts(nn.Module):
     Parameters are left uninitialised: an `ExpertInit` fills them from the dense FFN.
     """
 
+    activation: Callable[[Tensor], Tensor]
+    gate_up_proj: nn.Parameter
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,
@@ -224,7 +232,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Computes ``y[t] = sum_n weights[n] * expert_{expert_ids[n]}(x[t])`` over the assignments n of token t."""
-        weights = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
+        weights: list[Tensor | None] = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
         if torch.is_autocast_enabled(x.device.type):
             # grouped_mm is no autocast operation: without this it would silently run in float32
             dtype = torch.get_autocast_dtype(x.device.type)

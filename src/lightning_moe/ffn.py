@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
+Sources = tuple[tuple[str, nn.Parameter], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class FFNWeights:
     down_bias: Float[Tensor, " D"] | None = None
     gate_bias: Float[Tensor, " F"] | None = None
     dropout: float = 0.0
-    sources: tuple[tuple[str, nn.Parameter], ...] = ()
+    sources: Sources = ()
 
     @property
     def hidden_size(self) -> int:
@@ -109,7 +110,9 @@ class FFNFamily:
         """Reads the canonical weights: views of the module's own, nothing is copied."""
         up, up_bias, up_sources = _read_linear(module.get_submodule(self.up), "up")
         down, down_bias, down_sources = _read_linear(module.get_submodule(self.down), "down")
-        gate, gate_bias, gate_sources = None, None, ()
+        gate: Tensor | None = None
+        gate_bias: Tensor | None = None
+        gate_sources: Sources = ()
         if self.gate is not None:
             gate, gate_bias, gate_sources = _read_linear(module.get_submodule(self.gate), "gate")
         elif self.fused_gate:
@@ -175,11 +178,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _read_linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, tuple[tuple[str, nn.Parameter], ...]]:
+def _read_linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, Sources]:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, nn.Parameter)
-    sources: tuple[tuple[str, nn.Parameter], ...] = ((name, weight),)
-    if isinstance(bias, nn.Parameter):
+    assert bias is None or isinstance(bias, nn.Parameter)
+    sources: Sources = ((name, weight),)
+    if bias is not None:
         sources += ((f"{name}_bias", bias),)
     weight_view = weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
     return weight_view, None if bias is None else bias.detach(), sources

@@ -50,7 +50,7 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Routes each token to its experts and returns the weighted sum of their outputs."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
+        x: Tensor = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
         sequence_length = hidden_states.shape[-2] if hidden_states.dim() > 1 else 1
         tokens = self.context.tokens(x.shape[0] // max(sequence_length, 1), sequence_length)
         routing = self.router(x, tokens)
@@ -68,7 +68,8 @@ class MoELayer(nn.Module):
                     out = _InjectGradient.apply(out, loss.coefficient * losses[name], self.loss_scale)
         if is_observed():
             notify(self.name, routing, losses)
-        return out.view_as(hidden_states)
+        reshaped: Tensor = out.view(hidden_states.shape)
+        return reshaped
 
 
 class _InjectGradient(torch.autograd.Function):

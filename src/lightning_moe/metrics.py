@@ -70,7 +70,7 @@ class ExpertLoad(Metric):
     """
 
     full_state_update = False
-    measure: ClassVar[Callable[[Tensor], Tensor] | None] = None
+    measure: ClassVar[Callable[..., Tensor] | None] = None
     load: Tensor
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:

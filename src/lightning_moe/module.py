@@ -68,7 +68,7 @@ class MoEModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         # from_pretrained leaves a model in evaluation mode, and Lightning trains it in the mode it finds
-        self.model = (_load(model, auto_class, model_dtype) if isinstance(model, str) else model).train()
+        self.model: Any = (_load(model, auto_class, model_dtype) if isinstance(model, str) else model).train()
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self._means: dict[str, list[MeanMetric]] = {}

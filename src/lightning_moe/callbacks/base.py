@@ -56,6 +56,12 @@ def set_loss_scale(
         loss.register_hook(write)
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's own list, which Lightning sets without declaring it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 def uses_deepspeed(trainer: Any) -> bool:
     """Whether the strategy is DeepSpeed's, whose optimizers hold flattened copies of the parameters."""
     return any("DeepSpeed" in cls.__name__ for cls in type(trainer.strategy).__mro__)

@@ -52,10 +52,13 @@ def load_heatmap(load: Float[Tensor, "L E"], layer_labels: list[str]) -> UInt8[n
 
 def _colour(relative: NDArray[np.float64]) -> NDArray[np.uint8]:
     channels = [np.interp(relative, _STOPS, _COLOURS[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+    colours: NDArray[np.uint8] = np.stack(channels, axis=-1).round().astype(np.uint8)
+    return colours
 
 
-def _draw_legend(picture: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, left: int) -> None:
+def _draw_legend(
+    picture: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, left: int
+) -> None:
     steps = _colour(np.linspace(2.0, 0.0, 100)[:, None])
     picture.paste(Image.fromarray(steps).resize((14, 100)), (left, _MARGIN_TOP))
     draw.rectangle((left, _MARGIN_TOP, left + 14, _MARGIN_TOP + 100), outline="gray")

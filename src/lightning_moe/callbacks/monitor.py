@@ -57,7 +57,7 @@ class ExpertUtilizationCallback(Callback):
         """Prepares the counters."""
         self._layers = {layer.name: layer for layer in require_moe_layers(self, pl_module).values()}
         self._reset()
-        if not trainer.loggers and not trainer.fast_dev_run:
+        if not trainer.loggers:
             rank_zero_warn(
                 "ExpertUtilizationCallback has no logger to write to: pass `logger=` to the Trainer, or leave the "
                 "callback out. Its aggregates still reach `trainer.callback_metrics`.",
@@ -187,7 +187,7 @@ class ExpertUtilizationCallback(Callback):
             return
         for logger in trainer.loggers:
             # duck typing: SummaryWriter, whichever logger wraps it
-            writer = getattr(logger, "experiment", None)
+            writer: Any = getattr(logger, "experiment", None)
             if hasattr(writer, "add_image") and hasattr(writer, "add_histogram"):
                 labels = [_short(name, index) for index, name in enumerate(self._layers)]
                 writer.add_image("moe/expert_load", load_heatmap(load, labels), step, dataformats="HWC")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_moe.callbacks.balancing import BalanceLossCallback
-from lightning_moe.callbacks.base import uses_deepspeed
+from lightning_moe.callbacks.base import callbacks_of, uses_deepspeed
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.ffn import find_ffns
 from lightning_moe.layer import moe_layers
@@ -109,8 +109,8 @@ class MoEUpcycleCallback(Callback):
             _restore(pl_module, name)
         for part in self._parts:
             part.teardown(trainer, pl_module, stage)
-            if part in trainer.callbacks:
-                trainer.callbacks.remove(part)
+            if part in callbacks_of(trainer):
+                callbacks_of(trainer).remove(part)
         self._parts = []
 
     def _add_parts(self, trainer: Trainer) -> None:
@@ -120,8 +120,8 @@ class MoEUpcycleCallback(Callback):
             wanted.append(BalanceLossCallback(self.balance_losses))
         if self.log_utilization and not _has(trainer, ExpertUtilizationCallback):
             wanted.append(ExpertUtilizationCallback())
-        place = trainer.callbacks.index(self) + 1
-        trainer.callbacks[place:place] = wanted
+        place = callbacks_of(trainer).index(self) + 1
+        callbacks_of(trainer)[place:place] = wanted
         self._parts = wanted
 
     def _is_lazy(self, pl_module: LightningModule) -> bool:
@@ -228,7 +228,7 @@ def _restore(pl_module: LightningModule, name: str) -> None:
 
 
 def _has(trainer: Trainer, kind: type[Callback]) -> bool:
-    return any(isinstance(callback, kind) for callback in trainer.callbacks)
+    return any(isinstance(callback, kind) for callback in callbacks_of(trainer))
 
 
 def _check_launcher(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,7 +244,7 @@ def _check_launcher(trainer: Trainer, pl_module: LightningModule) -> None:
 def _check_order(trainer: Trainer, own: Callback) -> None:
     # these copy or freeze the dense module in their own setup
     early = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"}
-    for callback in trainer.callbacks[: trainer.callbacks.index(own)]:
+    for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(own)]:
         if early & {cls.__name__ for cls in type(callback).__mro__}:
             raise MisconfigurationException(
                 f"{type(callback).__name__} stands before MoEUpcycleCallback in the Trainer's callbacks and would work "
