@@ -68,9 +68,10 @@ class MoEModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         # from_pretrained leaves a model in evaluation mode, and Lightning trains it in the mode it finds
-        self.model: Any = (_load(model, auto_class, model_dtype) if isinstance(model, str) else model).train()
+        loaded: Any = _load(model, auto_class, model_dtype) if isinstance(model, str) else model
+        self.model = loaded.train()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            loaded.gradient_checkpointing_enable()
         self._means: dict[str, list[MeanMetric]] = {}
 
     def forward(self, **inputs: Any) -> Any:

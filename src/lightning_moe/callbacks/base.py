@@ -5,9 +5,12 @@ be scaled by is known to `on_before_backward` (accumulation, loss scaler) and to
 strategy does to it later, as DeepSpeed).
 """
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -60,6 +63,28 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's own list, which Lightning sets without declaring it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def random_state() -> dict[str, Any]:
+    """Reads the state of every global generator, as what a checkpoint can hold without pickled classes."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts every global generator where `random_state` found it."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(numpy_keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
 def uses_deepspeed(trainer: Any) -> bool:

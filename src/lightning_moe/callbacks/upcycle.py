@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_moe.callbacks.balancing import BalanceLossCallback
-from lightning_moe.callbacks.base import callbacks_of, uses_deepspeed
+from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_state, uses_deepspeed
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.ffn import find_ffns
 from lightning_moe.layer import moe_layers
@@ -63,6 +63,7 @@ class MoEUpcycleCallback(Callback):
         self.receipt: Receipt | None = None
         self._sources: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
         self._parts: list[Callback] = []
+        self._random_state: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
@@ -102,6 +103,23 @@ class MoEUpcycleCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the recipe of the MoE layers into the checkpoint, as plain Python."""
         checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the random generators, which Lightning does not save.
+
+        With it, dropout and router noise go on as if the run had never stopped. With several ranks it is that of rank 0.
+        """
+        return {"random_state": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the saved state until the first batch."""
+        self._random_state = state_dict.get("random_state")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restores the random state, after all that setting up a run draws."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the module its own methods back and takes the parts out of the Trainer."""
