@@ -41,7 +41,7 @@ def load_heatmap(load: Float[Tensor, "L E"], layer_labels: list[str]) -> UInt8[n
     for row in range(0, num_layers, -(-14 // cell_height)):
         centre = _MARGIN_TOP + row * cell_height + cell_height // 2
         draw.text((_MARGIN_LEFT - 8, centre), layer_labels[row], fill="black", font=font, anchor="rm")
-    for column in range(0, num_experts, -(-24 // cell_width)):
+    for column in range(0, num_experts, -(-36 // cell_width)):
         centre = _MARGIN_LEFT + column * cell_width + cell_width // 2
         draw.text((centre, bottom + 5), str(column), fill="black", font=font, anchor="ma")
     draw.text((_MARGIN_LEFT, bottom + 22), "expert", fill="black", font=font)

@@ -107,7 +107,7 @@ class MoEUpcycleCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generators, which Lightning does not save.
 
-        With it, dropout and router noise go on as if the run had never stopped. With several ranks it is that of rank 0.
+        With it, dropout and router noise go on as if the run had never stopped. Of several ranks it is that of rank 0.
         """
         return {"random_state": random_state()}
 
