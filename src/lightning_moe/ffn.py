@@ -26,7 +26,7 @@ class FFNWeights:
 
     Args:
         up: up projection, (F, D).
-        down: down projection, (D, F).
+        down: down projection, (O, F); O = D but for a head, which `find_ffns` leaves out.
         activation: the function between them.
         gate: gate projection, (F, D); None for an FFN without a gate.
         up_bias: (F,).
@@ -37,11 +37,11 @@ class FFNWeights:
     """
 
     up: Float[Tensor, "F D"]
-    down: Float[Tensor, "D F"]
+    down: Float[Tensor, "O F"]
     activation: Activation
     gate: Float[Tensor, "F D"] | None = None
     up_bias: Float[Tensor, " F"] | None = None
-    down_bias: Float[Tensor, " D"] | None = None
+    down_bias: Float[Tensor, " O"] | None = None
     gate_bias: Float[Tensor, " F"] | None = None
     dropout: float = 0.0
     sources: Sources = ()
@@ -56,7 +56,7 @@ class FFNWeights:
         """F, the width of the FFN and so of an expert."""
         return self.up.shape[0]
 
-    def __call__(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    def __call__(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Computes the FFN, dropout left out."""
         up = F.linear(x, self.up, self.up_bias)
         if self.gate is None:
@@ -205,7 +205,7 @@ def _probe(name: str, module: nn.Module, weights: FFNWeights) -> None:
     canonical = weights(x)
     tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
     difference = (dense.float() - canonical.float()).abs().max()
-    if difference > tolerance * (1 + canonical.float().abs().max()):
+    if difference > tolerance * canonical.float().abs().max():
         raise ValueError(
             f"{name}: {type(module).__name__} has the parts of a known FFN family but computes something else "
             f"(outputs differ by {difference:.1e} on a probe). Pass `family=FFNFamily(...)` with its own parts."

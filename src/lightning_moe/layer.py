@@ -99,10 +99,12 @@ def _explain_mismatch(
     # torch would list keys and sizes, layer by layer; say once what they mean
     assert isinstance(module, MoELayer)
     own = module.experts.state_dict(prefix=f"{prefix}experts.")
-    mine = [key for key in state_dict if key.startswith(prefix)]
-    if strict and mine and not any(key in state_dict for key in own):
+    known = module.state_dict(prefix=prefix)
+    # by what the layer does not know, not by what is missing: one file of several may hold a part of the layer only
+    foreign = [key for key in state_dict if key.startswith(prefix) and key not in known]
+    if foreign and not any(key in state_dict for key in known):
         raise ValueError(
-            f"{prefix[:-1]}: the checkpoint is that of a dense model (it holds {mine[0]}), this layer has "
+            f"{prefix[:-1]}: the checkpoint is that of a dense model (it holds {foreign[0]}), this layer has "
             f"{module.experts.num_experts} experts. Load a dense checkpoint into the dense model, before upcycling."
         )
     for key, tensor in own.items():

@@ -35,7 +35,8 @@ def load_balancing_loss(routing: Routing) -> Float[Tensor, ""]:
     """
     load = expert_load(routing)
     fraction = load / load.sum().clamp(min=1)
-    scores = routing.scores / routing.scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scores = _without_padding(routing.scores, routing.token_mask)
+    scores = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return routing.num_experts * (fraction * _masked_mean(scores, routing.token_mask)).sum()
 
 
@@ -53,7 +54,13 @@ def z_loss(routing: Routing) -> Float[Tensor, ""]:
         >>> z_loss(Routing(torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.ones(4), logits, logits + 1))
         tensor(0.)
     """
-    return _masked_mean(routing.logits.logsumexp(dim=-1).square().unsqueeze(-1), routing.token_mask).squeeze()
+    logits = _without_padding(routing.logits, routing.token_mask)
+    return _masked_mean(logits.logsumexp(dim=-1).square().unsqueeze(-1), routing.token_mask).squeeze()
+
+
+def _without_padding(values: Float[Tensor, "T E"], mask: Bool[Tensor, " T"] | None) -> Float[Tensor, "T E"]:
+    # before any function of them: behind it the gradient of a padding row of inf or nan is 0 * nan
+    return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def _masked_mean(values: Float[Tensor, "T X"], mask: Bool[Tensor, " T"] | None) -> Float[Tensor, " X"]:

@@ -6,9 +6,11 @@ the model's inputs to its layers.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,11 +229,15 @@ class Tokens:
 class TokenContext:
     """Carries ``input_ids`` and ``attention_mask`` from a model's inputs to the MoE layers inside it.
 
-    One object is shared by the layers of one model. It keeps the inputs of the last forward, so that activation
-    checkpointing, which repeats a layer after the model's forward has ended, finds the mask that the layer had.
+    One object is shared by the layers of one model. It keeps the inputs of the last forward, and of the last one with
+    gradients: activation checkpointing repeats a layer during the backward, when the model's forward has long ended.
+    Two forwards with different masks before one backward cannot be told apart then, which gives a warning.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs_with_grad: dict[str, Tensor] = field(default_factory=dict)
+    recomputed: bool = True
+    ambiguous: bool = False
 
     def tokens(self, batch_size: int, sequence_length: int) -> Tokens:
         """Returns what is known of a (B, S) batch, flattened to T = B·S tokens.
@@ -239,7 +245,7 @@ class TokenContext:
         With a key-value cache the mask covers the past too; the last S columns belong to the tokens at hand.
         """
         found = {}
-        for key, value in self.inputs.items():
+        for key, value in self._inputs_of_this_forward().items():
             # some models flatten to (T, D) before their FFNs
             if value.numel() == batch_size * sequence_length:
                 found[key] = value.reshape(-1)
@@ -250,17 +256,38 @@ class TokenContext:
 
     def watch(self, model: nn.Module) -> None:
         """Notes ``input_ids`` and ``attention_mask`` of each forward of a model, given by name or position."""
-        parameters = list(inspect.signature(model.forward).parameters)
+        parameters = tuple(inspect.signature(model.forward).parameters)
+        # no closure: a deep copy or a pickle of the model takes its own context along
+        model.register_forward_pre_hook(partial(self._note_inputs, parameters), with_kwargs=True)
 
-        def note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            self.inputs = {
-                key: value
-                for key in ("input_ids", "attention_mask")
-                if isinstance(value := given.get(key), Tensor) and value.dim() == 2
-            }
+    def _note_inputs(
+        self, parameters: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        self.inputs = {
+            key: value
+            for key in ("input_ids", "attention_mask")
+            if isinstance(value := given.get(key), Tensor) and value.dim() == 2
+        }
+        if torch.is_grad_enabled():
+            masks = self.inputs.get("attention_mask"), self.inputs_with_grad.get("attention_mask")
+            self.ambiguous = not self.recomputed and masks[0] is not masks[1]
+            self.inputs_with_grad, self.recomputed = self.inputs, False
 
-        model.register_forward_pre_hook(note_inputs, with_kwargs=True)
+    def _inputs_of_this_forward(self) -> dict[str, Tensor]:
+        if not self.inputs or torch.compiler.is_compiling() or not is_recomputing():
+            return self.inputs
+        if self.ambiguous:
+            warnings.warn(
+                "Activation checkpointing recomputes the MoE layers of two forwards with different attention masks "
+                "before one backward: the balance losses of the first take the mask of the second. Join the two in one "
+                "batch, or turn checkpointing or the balance losses off.",
+                MoEWarning,
+                stacklevel=2,
+            )
+            self.ambiguous = False
+        self.recomputed = True
+        return self.inputs_with_grad
 
 
 def takes_tokens(module: nn.Module) -> bool:

@@ -252,7 +252,8 @@ def _replace(model: nn.Module, name: str, layer: MoELayer) -> None:
         raise ValueError("The model itself is one FFN; put it into a module, as nn.Sequential(ffn).")
     layer.train(dense.training)
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        # _modules and not named_children(): that names a child once, which a parent may have under two names
+        for child_name, child in list(parent._modules.items()):
             if child is dense:
                 setattr(parent, child_name, layer)
 

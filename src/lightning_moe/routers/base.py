@@ -1,5 +1,6 @@
 """What a router is, and the functions that routers share."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -58,9 +59,10 @@ class Router(nn.Module, ABC):
 
 def init_arguments(module: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Reads back the arguments of a module's ``__init__`` from its attributes of the same names."""
-    code = type(module).__init__.__code__
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    return {name: getattr(module, name) for name in names if name not in skip}
+    # signature and not __code__: it sees through decorators, such as a type checker's
+    parameters = list(inspect.signature(type(module).__init__).parameters.values())[1:]
+    named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return {name: getattr(module, name) for name in named if name not in skip}
 
 
 def gate_logits(x: Float[Tensor, "T D"], gate: Float[Tensor, "E D"]) -> Float[Tensor, "T E"]:
