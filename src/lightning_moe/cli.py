@@ -45,21 +45,31 @@ class MoEArgumentParser(LightningArgumentParser):
         sys.exit(2)
 
 
+# What jsonargparse says of a name that it does not know, in its several places.
+_UNKNOWN = re.compile(r"option '([^']+)'|Option '([^']+)' is not accepted|Expected a dot import path string: (\S+)")
+
+
 def _explain(message: str) -> str:
-    # jsonargparse reports each alternative of a union; the one that names a class_path is what the user wrote
+    # jsonargparse reports every alternative of a union; what the user meant is the one that names a class_path, or else
+    # the first that says more than what kind of thing was expected
+    place = message.splitlines()[0].rstrip(":")
     problem = re.search(r"- (Problem with given class_path .*?)(?=\n    - |\n  Given value|\Z)", message, re.DOTALL)
-    key = message.splitlines()[0].rstrip(":")
-    text = f"{key}: {problem.group(1)}" if problem else message
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "Union subtypes" not in line]
-    unknown = re.search(r"does not accept option '([^']+)'|Expected a dot import path string: (\S+)", text)
-    if unknown:
-        name = (unknown.group(1) or unknown.group(2)).rpartition(".")[2]
-        known = {cls.__name__ for cls in _CLASSES} | {
-            parameter for cls in (*_CLASSES, UpcycleConfig, Trainer) for parameter in inspect.signature(cls).parameters
-        }
-        if close := get_close_matches(name, sorted(known), n=1):
+    unknown_class = re.search(r"- (Expected a dot import path string: \S+)", message)
+    found = problem or unknown_class
+    text = f"{place}: {found.group(1)}" if found else message
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if unknown := _UNKNOWN.search(text):
+        name = next(group for group in unknown.groups() if group).rpartition(".")[2]
+        if close := get_close_matches(name, sorted(_known_names()), n=1):
             lines.append(f"Did you mean {close[0]!r}?")
     return "\n  ".join(lines)
+
+
+def _known_names() -> set[str]:
+    classes = (*_CLASSES, UpcycleConfig, Trainer)
+    return {cls.__name__ for cls in classes} | {
+        parameter for cls in classes for parameter in inspect.signature(cls).parameters
+    }
 
 
 class MoECLI(LightningCLI):
@@ -70,6 +80,17 @@ class MoECLI(LightningCLI):
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("seed_everything_default", 0)
         super().__init__(args=args, **kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Makes the objects of the configuration; what one of them refuses is told in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps it into the list of the alternatives that it tried
+            told = re.search(r"Errors:\n\s+- (?!Expected a)(.+?)(?=\n\s+- |\n\s*Given value)", str(error), re.DOTALL)
+            if told is None:
+                raise
+            sys.exit(f"error: {told.group(1)}")
 
 
 def main(args: ArgsType = None) -> None:

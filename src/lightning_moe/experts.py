@@ -102,24 +102,25 @@ class _CombineTopK(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    # silu(gate) * up of a fused (N, 2F) tensor. Plain autograd would cat the two halves of the gradient: one pass over
-    # the largest tensor of the layer saved.
+    # silu(gate) * up of a fused (N, 2F) tensor. Plain autograd would keep silu(gate), one of the largest tensors of the
+    # layer, and cat the two halves of the gradient; this computes silu anew and writes the gradient in place.
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        ctx.save_for_backward(gate_up, silu)
-        return silu * up
+        ctx.save_for_backward(gate_up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, silu = ctx.saved_tensors
+        (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, silu, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=grad_up)
+        grad_up.mul_(grad)
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate_up
 
 

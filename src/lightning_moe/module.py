@@ -129,7 +129,7 @@ class MoEModule(LightningModule):
             apply_recipe(self, checkpoint["lightning_moe"])
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
-        loss = self.model(**batch).loss
+        loss = getattr(self.model(**batch), "loss", None)
         if loss is None:
             raise ValueError(
                 f"{type(self.model).__name__} returned no loss for a batch with {', '.join(batch)}. Give the batches "

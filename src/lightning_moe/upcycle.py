@@ -3,7 +3,7 @@
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,7 +28,7 @@ class UpcycleConfig:
         num_experts: experts E per layer.
         router: called as ``router(hidden_size, num_experts)`` for each layer: a `Router` class, or one with arguments
             bound, as ``functools.partial(TopKRouter, top_k=4)``.
-        init: fills the experts from the dense FFN.
+        init: fills the experts from the dense FFN; None is ``CopyInit()``.
         layers: which of the model's FFNs, counted from 0 in the order of its modules: ``"all"``; a slice such as
             ``"1::2"``; a list of numbers; a name pattern such as ``"model.layers.1?.*"``; or a list of all these.
         family: the parts of the model's FFNs, where `FFN_FAMILIES` does not know them.
@@ -42,7 +42,7 @@ class UpcycleConfig:
 
     num_experts: int
     router: Callable[[int, int], Router] = TopKRouter
-    init: ExpertInit = field(default_factory=CopyInit)
+    init: ExpertInit | None = None
     layers: str | Sequence[int | str] = "all"
     family: FFNFamily | None = None
     seed: int | None = None
@@ -125,7 +125,8 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
     dense = find_ffns(model, config.family)
     chosen = select_layers(list(dense), config.layers)
     seed = torch.initial_seed() if config.seed is None else config.seed
-    layers = {name: _build_layer(name, dense[name], config, seed) for name in chosen}
+    init = CopyInit() if config.init is None else config.init
+    layers = {name: _build_layer(name, dense[name], config, init, seed) for name in chosen}
     contexts = _share_contexts(model, layers)
     before = _count(model.parameters())
     dense_out = torch.empty(0) if batch is None else _outputs(model, batch)
@@ -136,7 +137,7 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
     first = next(iter(layers.values()))
     after = _count(model.parameters())
     idle = sum(_idle(layer) for layer in layers.values())
-    preserved, reason = _step_zero(first.router, config.init)
+    preserved, reason = _step_zero(first.router, init)
     return Receipt(
         layers=tuple(chosen),
         kept=tuple(name for name in dense if name not in layers),
@@ -196,7 +197,7 @@ def _abridge(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
-def _build_layer(name: str, dense: FFNWeights, config: UpcycleConfig, seed: int) -> MoELayer:
+def _build_layer(name: str, dense: FFNWeights, config: UpcycleConfig, init: ExpertInit, seed: int) -> MoELayer:
     generator = torch.Generator().manual_seed(_layer_seed(seed, name))
     # The router draws from the global generator, as any module does: give it this layer's own numbers, then put the
     # global state back, so that upcycling shifts nobody else's.
@@ -220,7 +221,7 @@ def _build_layer(name: str, dense: FFNWeights, config: UpcycleConfig, seed: int)
         device=weight.device,
         dtype=weight.dtype,
     )
-    config.init(experts, dense, generator)
+    init(experts, dense, generator)
     layer = MoELayer(router.to(weight.device, weight.dtype), experts, dropout=dense.dropout, name=name)
     experts.requires_grad_(any(source.requires_grad for _, source in dense.sources))
     return layer

@@ -53,6 +53,10 @@ class BalanceLossCallback(Callback):
         """Tells the layers what to scale the injected gradient by."""
         set_loss_scale(trainer, pl_module, self._layers, loss, self.manual_accumulation)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does what `teardown` does, which Lightning does not call after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the losses off the layers again, so that the model is used without this callback as it was."""
         for layer in self._layers:

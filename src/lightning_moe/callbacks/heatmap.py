@@ -24,7 +24,7 @@ def load_heatmap(load: Float[Tensor, "L E"], layer_labels: list[str]) -> UInt8[n
     Returns:
         An RGB picture, rows from top to bottom.
     """
-    relative = (load / load.mean(-1, keepdim=True).clamp(min=1e-30)).cpu().numpy()
+    relative = (load / load.mean(-1, keepdim=True).clamp(min=1e-30)).double().cpu().numpy()
     num_layers, num_experts = relative.shape
     cell_height, cell_width = max(4, min(26, 640 // num_layers)), max(4, min(60, 720 // num_experts))
     width = max(_MARGIN_LEFT + num_experts * cell_width + _LEGEND, 420)

@@ -74,11 +74,11 @@ class ExpertUtilizationCallback(Callback):
     ) -> None:
         """Stops counting and logs, if it is time."""
         self._end_observation()
-        step = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-        # with accumulation the same step is reached several times
-        if trainer._logger_connector.should_update_logs and step != self._last_step:
-            self._last_step = step
-            self._log(trainer, pl_module, step)
+        loop = trainer.fit_loop.epoch_loop
+        # with accumulation, the last micro-batch of a step, when Lightning writes its own logs too
+        if trainer._logger_connector.should_update_logs and not loop._should_accumulate():
+            self._last_step = int(loop._batches_that_stepped)
+            self._log(trainer, pl_module, self._last_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last load once more, so that the final picture is never missing."""
@@ -112,10 +112,15 @@ class ExpertUtilizationCallback(Callback):
         if restored is None:
             return
         self._num_logs, self._last_step = restored["num_logs"], restored["last_step"]
-        if trainer.is_global_zero:
+        num_sums = 3 + len(self._loss_names())
+        # counts of other losses do not add up with those to come
+        if trainer.is_global_zero and all(tensor.numel() == num_sums for tensor in restored["sums"].values()):
             for counts, saved in ((self._load, restored["load"]), (self._sums, restored["sums"])):
                 for name, tensor in saved.items():
                     counts[name] = tensor.to(pl_module.device)
+
+    def _loss_names(self) -> list[str]:
+        return list(next(iter(self._layers.values())).balance_losses)
 
     def _reset(self) -> None:
         self._load, self._sums = {}, {}
@@ -141,7 +146,7 @@ class ExpertUtilizationCallback(Callback):
         self._reset()
         if not bool(load.sum() > 0):
             return
-        names = list(next(iter(self._layers.values())).balance_losses)
+        names = self._loss_names()
         forwards, tokens = sums[:, :1].clamp(min=1), sums[:, 2].clamp(min=1)
         layers = {
             "max_violation": max_violation(load),
@@ -164,7 +169,7 @@ class ExpertUtilizationCallback(Callback):
     def _reduced(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
         # one tensor, one all-reduce; every rank has the same layers, whatever ran on it
         num_experts = max(layer.experts.num_experts for layer in self._layers.values())
-        num_sums = 3 + len(next(iter(self._layers.values())).balance_losses)
+        num_sums = 3 + len(self._loss_names())
         both = torch.zeros(len(self._layers), num_experts + num_sums, dtype=torch.float64, device=pl_module.device)
         for row, name in enumerate(self._layers):
             if name in self._load:

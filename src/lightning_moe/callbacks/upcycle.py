@@ -15,12 +15,11 @@ from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.ffn import find_ffns
 from lightning_moe.layer import moe_layers
-from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from lightning_moe.losses import BalanceLoss
 from lightning_moe.saving import moe_recipe
 from lightning_moe.upcycle import Receipt, UpcycleConfig, upcycle
 
 CHECKPOINT_KEY = "lightning_moe"
-_DEFAULT_LOSSES = (LoadBalancingLoss(0.01), ZLoss(0.001))
 
 
 class MoEUpcycleCallback(Callback):
@@ -33,7 +32,8 @@ class MoEUpcycleCallback(Callback):
 
     Args:
         config: what to make of the model.
-        balance_losses: losses to train with, each with its coefficient; None turns them off.
+        balance_losses: losses to train with, each with its coefficient; True takes ``LoadBalancingLoss(0.01)`` and
+            ``ZLoss(0.001)``, False none.
         log_utilization: whether to log how the experts are used.
         module: attribute path of the part of the LightningModule to upcycle, as ``"model.language_model"``; None takes
             all of it.
@@ -43,16 +43,15 @@ class MoEUpcycleCallback(Callback):
             or if another callback has copied the dense module before.
 
     Example:
-        >>> callback = MoEUpcycleCallback(UpcycleConfig(num_experts=8))
-        >>> [loss.name for loss in callback.balance_losses]
-        ['load_balancing_loss', 'z_loss']
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MoEUpcycleCallback(UpcycleConfig(num_experts=8))], logger=False)
     """
 
     def __init__(
         self,
         config: UpcycleConfig,
         *,
-        balance_losses: list[BalanceLoss] | tuple[BalanceLoss, ...] | None = _DEFAULT_LOSSES,
+        balance_losses: list[BalanceLoss] | bool = True,
         log_utilization: bool = True,
         module: str | None = None,
     ) -> None:
@@ -79,6 +78,9 @@ class MoEUpcycleCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
+        if self._random_state is not None:
+            # before the loader of a new epoch draws its order
+            set_random_state(self._random_state)
         for layer in moe_layers(pl_module).values():
             # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
             layer.train()
@@ -116,10 +118,15 @@ class MoEUpcycleCallback(Callback):
         self._random_state = state_dict.get("random_state")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restores the random state, after all that setting up a run draws."""
+        """Restores the random state in the middle of an epoch, after all that setting up a run draws."""
         if self._random_state is not None:
-            set_random_state(self._random_state)
+            if batch_idx > 0:
+                set_random_state(self._random_state)
             self._random_state = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does what `teardown` does, which Lightning does not call after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the module its own methods back and takes the parts out of the Trainer."""
@@ -135,7 +142,7 @@ class MoEUpcycleCallback(Callback):
         # Right behind this callback, so that their setup and every later hook run as if the user had listed them.
         wanted: list[Callback] = []
         if self.balance_losses and not _has(trainer, BalanceLossCallback):
-            wanted.append(BalanceLossCallback(self.balance_losses))
+            wanted.append(BalanceLossCallback(None if self.balance_losses is True else self.balance_losses))
         if self.log_utilization and not _has(trainer, ExpertUtilizationCallback):
             wanted.append(ExpertUtilizationCallback())
         place = callbacks_of(trainer).index(self) + 1
