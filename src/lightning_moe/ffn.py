@@ -148,6 +148,8 @@ FFN_FAMILIES: dict[str, FFNFamily] = {
 def find_ffns(model: nn.Module, family: FFNFamily | None = None) -> dict[str, FFNWeights]:
     """Finds every dense FFN of a model, in the order of its modules.
 
+    The first FFN of each kind, as ``repr`` shows it, is compared with its canonical form on a probe.
+
     Args:
         model: any module.
         family: the one family to look for; None looks for every one in `FFN_FAMILIES`.
@@ -161,12 +163,16 @@ def find_ffns(model: nn.Module, family: FFNFamily | None = None) -> dict[str, FF
     """
     families = list(FFN_FAMILIES.values()) if family is None else [family]
     found = {}
+    probed = set()
     for name, module in model.named_modules():
         match = next((row for row in families if row.matches(module)), None)
         weights = None if match is None else match.read(module)
         # a head or projector with the parts of an FFN leads to another width
         if weights is not None and weights.down.shape[0] == weights.hidden_size:
-            _probe(name, module, weights)
+            # one of a kind is enough: the layers of a model differ in their weights only
+            if repr(module) not in probed:
+                _probe(name, module, weights)
+                probed.add(repr(module))
             found[name] = weights
     if not found:
         raise TypeError(_no_family_message(model, families))
