@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: demo test check clean
 
 demo: $(VENV)/.examples
-	HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python examples/demo.py $(ARGS)
+	HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -u examples/demo.py $(ARGS)
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)

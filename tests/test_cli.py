@@ -371,7 +371,7 @@ def fake_sdk(tmp_path):
     return package.parents[1]
 
 
-@pytest.mark.parametrize("arguments", [["studio", "list"], ["--help"], []])
+@pytest.mark.parametrize("arguments", [["studio", "list"], ["job", "run", "fit"], ["--help"], []])
 def test_other_verbs_of_lightning_go_to_the_sdk(fake_sdk, monkeypatch, capsys, arguments):
     monkeypatch.syspath_prepend(fake_sdk)
     monkeypatch.setattr(sys, "argv", ["lightning", *arguments])

@@ -104,7 +104,10 @@ def lightning_main() -> None:
     Lightning 2.6 has no ``lightning`` command of its own; lightning-sdk has one, for its cloud. Whichever package is
     installed last owns the script.
     """
-    if not any(argument in _VERBS for argument in sys.argv[1:]):
+    # the verb comes first, but for options before it: `lightning job run fit` is not ours
+    arguments = sys.argv[1:]
+    leading = arguments if arguments and arguments[0].startswith("-") else arguments[:1]
+    if not any(argument in _VERBS for argument in leading):
         try:
             from lightning_sdk.cli.entrypoint import main_cli
         except ImportError:
