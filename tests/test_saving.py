@@ -18,7 +18,7 @@ from lightning_moe import (
     save_moe,
     upcycle,
 )
-from lightning_moe.saving import CONFIG_FILE, apply_recipe, moe_recipe
+from lightning_moe.saving import CONFIG_FILE, WEIGHTS_FILES, apply_recipe, moe_recipe
 
 E = 4
 every_text_family = pytest.mark.parametrize("row", TEXT_ROWS.values(), ids=TEXT_ROWS)
@@ -168,10 +168,10 @@ def test_several_files(tmp_path):
     row = TEXT_ROWS["llama"]
     saved = trained(row.build(), config_of())
     save_moe(saved, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    save_torch_model(saved, tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert not (tmp_path / "model.safetensors").exists()
+    (tmp_path / "moe_model.safetensors").unlink()
+    save_torch_model(saved, tmp_path, max_shard_size="20KB", filename_pattern=WEIGHTS_FILES)
+    assert len(list(tmp_path.glob("moe_model-*.safetensors"))) > 1
+    assert not (tmp_path / "moe_model.safetensors").exists()
     assert_same(load_moe(tmp_path), saved, row.batch())
 
 
@@ -243,7 +243,7 @@ def test_arguments_that_are_no_json_are_refused_before_anything_is_written(tmp_p
 def test_no_pickle(tmp_path):
     save_moe(trained(TEXT_ROWS["llama"].build(), config_of()), tmp_path / "a" / "b")
     files = {file.name for file in (tmp_path / "a" / "b").iterdir()}
-    assert files == {"model.safetensors", CONFIG_FILE}
+    assert files == {"moe_model.safetensors", CONFIG_FILE}
     config = json.loads((tmp_path / "a" / "b" / CONFIG_FILE).read_text())
     assert config["recipe"]["format"] == 1
     assert config["model"]["class"] == "LlamaForCausalLM"

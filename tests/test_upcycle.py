@@ -34,7 +34,7 @@ from lightning_moe import (
     upcycle,
 )
 from lightning_moe.routing import MoEWarning, is_observed, observe_routing
-from lightning_moe.upcycle import select_layers
+from lightning_moe.upcycle import check_config, select_layers
 
 E = 5
 CONFIG = UpcycleConfig(num_experts=E)
@@ -403,11 +403,32 @@ def upcycled():
     return model
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_experts": 0}, ValueError, "num_experts=0: wanted"),
+        ({"num_experts": -2}, ValueError, "num_experts=-2: wanted"),
+        ({"num_experts": 4, "router": TopKRouter(8, 4)}, TypeError, "not a router or its name"),
+    ],
+)
+def test_a_bad_configuration_is_refused_where_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        UpcycleConfig(**arguments)
+
+
+def test_what_is_no_configuration_is_refused():
+    with pytest.raises(TypeError, match="config is a dict; wanted UpcycleConfig"):
+        check_config({"num_experts": 4})
+
+
+def test_one_layer_by_its_number():
+    assert select_layers(["a", "b", "c"], 1) == select_layers(["a", "b", "c"], "-2") == ["b"]
+
+
 BAD = {
     "no_family": (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()), CONFIG, TypeError, "no FFN of a known family"),
     "top_k": (llama, UpcycleConfig(num_experts=1), ValueError, "top_k=2 with num_experts=1"),
     "top_1": (llama, UpcycleConfig(num_experts=4, router=partial(TopKRouter, top_k=1)), ValueError, "normalize=False"),
-    "no_expert": (llama, UpcycleConfig(num_experts=0), ValueError, "num_experts=0"),
     "pattern": (llama, UpcycleConfig(num_experts=4, layers=["*.0.mlp", "typo"]), ValueError, "'typo' matches none"),
     "twice": (upcycled, CONFIG, ValueError, "upcycled already"),
     "maths": (mixed_maths, CONFIG, ValueError, r"1\.ffn: OtherMaths .* computes something else"),

@@ -25,6 +25,8 @@ from lightning_moe.routers.base import init_arguments
 from lightning_moe.upcycle import UpcycleConfig, upcycle
 
 CONFIG_FILE = "moe_config.json"
+# None of transformers' own names: from_pretrained on this directory would build a random model of default size.
+WEIGHTS_FILES = "moe_model{suffix}.safetensors"
 FORMAT = 1
 
 
@@ -84,7 +86,7 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
 
 
 def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = None) -> None:
-    """Writes an upcycled model to a directory: ``model*.safetensors`` and ``moe_config.json``.
+    """Writes an upcycled model to a directory: ``moe_model*.safetensors`` and ``moe_config.json``.
 
     Args:
         model: an upcycled model; for a Hugging Face model its configuration is written too, so that `load_moe` needs
@@ -117,7 +119,7 @@ def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = N
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2)
-    save_torch_model(model, directory)
+    save_torch_model(model, directory, filename_pattern=WEIGHTS_FILES)
     (directory / CONFIG_FILE).write_text(text + "\n")
 
 
@@ -146,7 +148,7 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             )
         model = _empty_model(config["model"])
     apply_recipe(model, config["recipe"])
-    result: Any = load_torch_model(model, Path(path), strict=False)
+    result: Any = load_torch_model(model, Path(path), strict=False, filename_pattern=WEIGHTS_FILES)
     missing = [key for key in result.missing_keys if not _is_tied(model, key, set(result.missing_keys))]
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -30,7 +30,8 @@ class UpcycleConfig:
             bound, as ``functools.partial(TopKRouter, top_k=4)``.
         init: fills the experts from the dense FFN; None is ``CopyInit()``.
         layers: which of the model's FFNs, counted from 0 in the order of its modules: ``"all"``; a slice such as
-            ``"1::2"``; a list of numbers; a name pattern such as ``"model.layers.1?.*"``; or a list of all these.
+            ``"1::2"``; a number or a list of them; a name pattern such as ``"model.layers.1?.*"``; or a list of all
+            these.
         family: the parts of the model's FFNs, where `FFN_FAMILIES` does not know them.
         seed: what each layer's own random numbers derive from, with its name; None takes the seed of
             ``seed_everything``.
@@ -43,9 +44,18 @@ class UpcycleConfig:
     num_experts: int
     router: Callable[[int, int], Router] = TopKRouter
     init: ExpertInit | None = None
-    layers: str | Sequence[int | str] = "all"
+    layers: str | int | Sequence[int | str] = "all"
     family: FFNFamily | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_experts, int) or self.num_experts < 1:
+            raise ValueError(f"num_experts={self.num_experts!r}: wanted a whole number of experts, 1 or more.")
+        if isinstance(self.router, Router) or not callable(self.router):
+            raise TypeError(
+                f"router={self.router!r}: wanted what makes a router for each layer, as TopKRouter or "
+                "functools.partial(TopKRouter, top_k=2), not a router or its name."
+            )
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
         What was done, and how step 0 relates to the dense model.
 
     Raises:
-        TypeError: if no FFN of a known family is found.
+        TypeError: if ``config`` is no `UpcycleConfig`, or if no FFN of a known family is found.
         ValueError: if the model is upcycled already, if ``config.layers`` matches nothing, or if the router refuses its
             arguments.
 
@@ -120,6 +130,7 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
         >>> receipt.layers, receipt.preserved, receipt.measured_difference < 1e-6
         (('0',), True, True)
     """
+    check_config(config)
     if done := moe_layers(model):
         raise ValueError(f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer.")
     dense = find_ffns(model, config.family)
@@ -152,7 +163,13 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
     )
 
 
-def select_layers(names: Sequence[str], layers: str | Sequence[int | str]) -> list[str]:
+def check_config(config: Any) -> None:
+    """Raises a `TypeError` if ``config`` is no `UpcycleConfig`."""
+    if not isinstance(config, UpcycleConfig):
+        raise TypeError(f"config is a {type(config).__name__}; wanted UpcycleConfig(num_experts=8, ...).")
+
+
+def select_layers(names: Sequence[str], layers: str | int | Sequence[int | str]) -> list[str]:
     """Chooses among the names of a model's FFNs.
 
     Args:
@@ -172,7 +189,9 @@ def select_layers(names: Sequence[str], layers: str | Sequence[int | str]) -> li
         ['h.0.mlp', 'h.2.mlp']
     """
     chosen: set[str] = set()
-    for entry in [layers] if isinstance(layers, str) else layers:
+    for entry in [layers] if isinstance(layers, (str, int)) else layers:
+        if isinstance(entry, str) and entry.lstrip("-").isdigit():
+            entry = int(entry)
         if entry == "all":
             matched = list(names)
         elif isinstance(entry, int):

@@ -17,7 +17,7 @@ from lightning_moe.ffn import find_ffns
 from lightning_moe.layer import moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.saving import moe_recipe
-from lightning_moe.upcycle import Receipt, UpcycleConfig, upcycle
+from lightning_moe.upcycle import Receipt, UpcycleConfig, check_config, upcycle
 
 CHECKPOINT_KEY = "lightning_moe"
 
@@ -55,6 +55,7 @@ class MoEUpcycleCallback(Callback):
         log_utilization: bool = True,
         module: str | None = None,
     ) -> None:
+        check_config(config)
         self.config = config
         self.balance_losses = balance_losses
         self.log_utilization = log_utilization
