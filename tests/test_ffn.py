@@ -154,3 +154,17 @@ def test_more_parameters_than_the_family_has_are_no_match():
 def test_a_model_without_an_ffn_is_refused_in_words():
     with pytest.raises(TypeError, match="Linear: no FFN of a known family"):
         find_ffns(nn.Linear(VOCABULARY, 3))
+
+
+def test_an_ffn_whose_inner_dropout_would_be_lost_is_refused():
+    class WithDropout(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.fc1, self.act, self.drop, self.fc2 = nn.Linear(4, 8), nn.GELU(), nn.Dropout(p), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc2(self.drop(self.act(self.fc1(x))))
+
+    with pytest.raises(TypeError, match="no FFN of a known family"):
+        find_ffns(nn.Sequential(WithDropout(0.1)))
+    assert list(find_ffns(nn.Sequential(WithDropout(0.0)))) == ["0"]

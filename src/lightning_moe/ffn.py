@@ -96,12 +96,16 @@ class FFNFamily:
         return tuple(part for part in (self.gate, self.up, self.activation, self.down) if part is not None)
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module has the parts of this family, and no other parameters."""
+        """Whether the module has the parts of this family and nothing else that computes."""
         children = dict(module.named_children())
         if not all(part in children or callable(getattr(module, part, None)) for part in self.parts):
             return False
         linears = [part for part in self.parts if part != self.activation]
         if not all(part in children and _is_linear(children[part]) for part in linears):
+            return False
+        others = [child for name, child in children.items() if name not in (*self.parts, self.dropout)]
+        # a dropout between the projections would be lost in training
+        if not all(isinstance(child, nn.Identity) or getattr(child, "p", None) == 0 for child in others):
             return False
         owned = sum(p.numel() for part in linears for p in children[part].parameters())
         return owned == sum(p.numel() for p in module.parameters())

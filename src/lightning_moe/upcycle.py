@@ -51,6 +51,8 @@ class UpcycleConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.num_experts, int) or self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts!r}: wanted a whole number of experts, 1 or more.")
+        if self.family is not None and not isinstance(self.family, FFNFamily):
+            raise TypeError(f'family={self.family!r}: wanted FFNFamily(up="w_in", activation="act", down="w_out").')
         if isinstance(self.router, Router) or not callable(self.router):
             raise TypeError(
                 f"router={self.router!r}: wanted what makes a router for each layer, as TopKRouter or "
