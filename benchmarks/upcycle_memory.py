@@ -90,7 +90,7 @@ def measure_time(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]
         "result_bytes": sum(p.numel() * p.element_size() for p in kept),
         "upcycle_cpu_seconds": quartiles([ours[1] for ours, _ in rounds]),
         "memcpy_cpu_seconds": quartiles([copy[1] for _, copy in rounds]),
-        # the fastest of each: whichever comes after pages were given back to the host pays for finding them, several-fold
+        # the fastest of each: whichever comes after pages went back to the host pays for finding them, several-fold
         "best_cpu_seconds": [min(ours[1] for ours, _ in rounds), min(copy[1] for _, copy in rounds)],
         "ratio_best": round(min(ours[1] for ours, _ in rounds) / min(copy[1] for _, copy in rounds), 4),
         "ratio_wall": quartiles([ours[0] / copy[0] for ours, copy in rounds]),
