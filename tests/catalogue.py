@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import reference
@@ -13,16 +13,41 @@ import transformers
 from torch import nn
 
 from lightning_moe import (
+    AdaptiveL1Loss,
+    BASERouter,
     CopyInit,
-    DeadExperts,
-    ExpertLoad,
+    CosineRouter,
+    DenseMixerRouter,
+    ExpertChoiceRouter,
+    ExpertOrthogonalityLoss,
+    GShardRouter,
+    HashRouter,
+    HeterogeneousLoadBalancingLoss,
+    HyperRouter,
+    ImportanceLoss,
     LoadBalancingLoss,
-    LoadEntropy,
-    MaxViolation,
+    LoadLoss,
+    LossFreeRouter,
+    MoEPlusPlusRouter,
+    MutualInformationLoss,
+    NoisyTopKRouter,
+    NullExpertsRouter,
+    NullRewardLoss,
+    PerturbedCosineRouter,
+    ReMoERouter,
+    RouterOrthogonalityLoss,
     Routing,
-    RoutingEntropy,
+    SigmoidRouter,
+    SinkhornRouter,
+    SparseMixerRouter,
+    TCMoERouter,
+    TokenEntropyLoss,
     TopKRouter,
+    TopPRouter,
+    UniformRouter,
+    XMoERouter,
     ZLoss,
+    metrics,
 )
 
 # --- routers ---
@@ -32,6 +57,10 @@ from lightning_moe import (
 class RouterRow:
     cls: type
     arguments: dict[str, Any] = field(default_factory=dict)
+    signed: bool = False
+    """Weights may be negative."""
+    without_gate_gradient: tuple[str, ...] = ()
+    """Parameters that enter the output otherwise than by the combine weights."""
 
     def __call__(self, hidden_size, num_experts):
         return self.cls(hidden_size, num_experts, **self.arguments)
@@ -42,44 +71,276 @@ ROUTER_ROWS = {
     "top_k_3": RouterRow(TopKRouter, {"top_k": 3, "init_std": 0.5}),
     "top_k_raw": RouterRow(TopKRouter, {"top_k": 2, "normalize": False, "init_std": 0.5}),
     "switch": RouterRow(TopKRouter, {"top_k": 1, "normalize": False, "jitter": 0.1}),
+    "top_k_straight_through": RouterRow(TopKRouter, {"top_k": 2, "normalize": "straight_through"}),
+    "switch_straight_through": RouterRow(TopKRouter, {"top_k": 1, "normalize": "straight_through"}),
     "top_k_noise": RouterRow(TopKRouter, {"top_k": 2, "jitter": 0.1, "noise_std": 0.5}),
+    "cosine": RouterRow(CosineRouter, {"top_k": 2, "projection_size": 4}),
+    "perturbed_cosine": RouterRow(PerturbedCosineRouter, {"top_k": 2, "projection_size": 4, "offset": 0.2}),
+    "xmoe": RouterRow(XMoERouter, {"top_k": 2}),
+    "xmoe_paper": RouterRow(XMoERouter, {"top_k": 1, "normalize": False, "projection_size": 3}),
+    "sigmoid": RouterRow(SigmoidRouter, {"top_k": 2, "init_std": 0.5}),
+    "sigma_moe": RouterRow(SigmoidRouter, {"top_k": 3, "normalize": False, "expert_dropout": 0.3, "init_std": 0.5}),
+    "hyper": RouterRow(HyperRouter, {"top_k": 2, "embedding_size": 6, "network_size": 7, "init_std": 0.5}),
+    "loss_free": RouterRow(LossFreeRouter, {"top_k": 2, "init_std": 0.5}),
+    "loss_free_scaled": RouterRow(LossFreeRouter, {"top_k": 2, "routed_scaling": 2.5, "init_std": 0.5}),
+    "loss_free_raw": RouterRow(LossFreeRouter, {"top_k": 2, "normalize": False, "init_std": 0.5}),
+    "moe_plus_plus": RouterRow(MoEPlusPlusRouter, {"top_k": 3}, without_gate_gradient=("constants", "constant_gate")),
+    "moe_plus_plus_few": RouterRow(
+        MoEPlusPlusRouter, {"top_k": 2, "num_copy_experts": 0, "num_constant_experts": 0, "init_std": 0.5}
+    ),
+    "tc_moe": RouterRow(TCMoERouter, {"top_k": 3, "init_std": 0.5, "null_offset": 1.0}, signed=True),
+    "remoe": RouterRow(ReMoERouter, {"top_k": 2}),
+    "remoe_straight_through": RouterRow(ReMoERouter, {"top_k": 2, "normalize": "straight_through"}),
+    "noisy_top_k": RouterRow(NoisyTopKRouter, {"top_k": 2, "init_std": 0.5}),
+    "gshard": RouterRow(GShardRouter, {"init_std": 0.5}),
+    "expert_choice": RouterRow(ExpertChoiceRouter, {"capacity_factor": 2.0}),
+    "sinkhorn": RouterRow(SinkhornRouter, {"top_k": 2, "init_std": 0.5}),
+    "sinkhorn_one": RouterRow(SinkhornRouter, {"top_k": 1, "normalize": False, "init_std": 0.5}),
+    "base": RouterRow(BASERouter, {"init_std": 0.5}),
+    "base_straight_through": RouterRow(BASERouter, {"normalize": "straight_through", "init_std": 0.5}),
+    "hash": RouterRow(HashRouter, {"top_k": 1}),
+    "hash_3": RouterRow(HashRouter, {"top_k": 3}),
+    "top_p": RouterRow(TopPRouter, {"top_p": 0.5, "init_std": 0.5}),
+    "top_p_raw": RouterRow(TopPRouter, {"top_p": 0.9, "normalize": False, "init_std": 0.5}),
+    "null_experts": RouterRow(NullExpertsRouter, {"top_k": 3, "num_null_experts": 2}),
+    "null_experts_many": RouterRow(NullExpertsRouter, {"top_k": 2, "num_null_experts": 4, "init_std": 0.5}),
+    "sparse_mixer": RouterRow(SparseMixerRouter, {"top_k": 2, "threshold": 0.3, "init_std": 0.5}),
+    "dense_mixer": RouterRow(DenseMixerRouter, {"top_k": 2, "init_std": 0.5}),
+    "dense_mixer_raw": RouterRow(DenseMixerRouter, {"top_k": 1, "normalize": False, "init_std": 0.5}),
+    "uniform": RouterRow(UniformRouter, {"top_k": 2}),
 }
 
 # --- losses ---
 
 
+def as_it_is(routing):
+    return routing
+
+
+def _masked(values, routing):
+    return values if routing.token_mask is None else values.masked_fill(~routing.token_mask.unsqueeze(1), 0)
+
+
+def _real_mean(values, routing):
+    count = len(values) if routing.token_mask is None else int(routing.token_mask.sum())
+    return _masked(values, routing).sum(0) / max(count, 1)
+
+
+def with_expected_load(routing):
+    """As if the router estimated its load: a function of the logits, so that it has a gradient."""
+    chances = _masked(_masked(routing.logits, routing).sigmoid(), routing)
+    return replace(routing, expected_load=chances.sum(0))
+
+
+def with_null_choices(routing):
+    """As if the last two columns computed nothing."""
+    return replace(routing, num_ffn_experts=routing.num_choices - 2)
+
+
+def with_outputs(routing):
+    """As if the experts had computed three numbers each: functions of the logits, so that they have a gradient."""
+    logit = _masked(routing.logits, routing)[routing.token_ids, routing.expert_ids]
+    return replace(routing, outputs=torch.stack([logit, logit.sin(), 0.5 + 0 * logit], dim=1))
+
+
+def with_gate(routing):
+    """As if the router had rows: functions of the logits, so that they have a gradient."""
+    mean = _real_mean(routing.logits, routing)
+    return replace(routing, gate=torch.stack([mean, mean.square()], dim=1))
+
+
 @dataclass(frozen=True)
 class LossRow:
     cls: type
-    truth: Callable[[Routing], torch.Tensor]
-    measures_balance: bool
+    truth_of: Callable[..., torch.Tensor]
+    """Of a routing, and the row's arguments."""
+    measures_balance: bool = False
     """1 when routing is uniform, E / K when it has collapsed on K experts."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Routing], Routing] = as_it_is
+    """Gives a routing what this loss looks at."""
+
+    def make(self, **arguments):
+        return self.cls(**self.arguments, **arguments)
+
+    def __call__(self, routing):
+        return self.make()(self.prepare(routing))
+
+    def truth(self, routing):
+        return self.truth_of(self.prepare(routing), **self.arguments)
 
 
 LOSS_ROWS = {
     "load_balancing_loss": LossRow(LoadBalancingLoss, reference.load_balancing_loss, measures_balance=True),
-    "z_loss": LossRow(ZLoss, reference.z_loss, measures_balance=False),
+    "z_loss": LossRow(ZLoss, reference.z_loss),
+    "heterogeneous_load_balancing_loss": LossRow(
+        HeterogeneousLoadBalancingLoss,
+        reference.heterogeneous_load_balancing_loss,
+        arguments={"zero_computation_weight": 0.5},
+        prepare=with_null_choices,
+    ),
+    "importance_loss": LossRow(ImportanceLoss, reference.importance_loss, measures_balance=True),
+    "load_loss": LossRow(LoadLoss, reference.load_loss, measures_balance=True, prepare=with_expected_load),
+    "mutual_information_loss": LossRow(
+        MutualInformationLoss, reference.mutual_information_loss, arguments={"token_weight": 0.7}
+    ),
+    "token_entropy_loss": LossRow(TokenEntropyLoss, reference.token_entropy_loss),
+    "expert_orthogonality_loss": LossRow(
+        ExpertOrthogonalityLoss, reference.expert_orthogonality_loss, prepare=with_outputs
+    ),
+    "router_orthogonality_loss": LossRow(
+        RouterOrthogonalityLoss, reference.router_orthogonality_loss, prepare=with_gate
+    ),
+    "adaptive_l1_loss": LossRow(AdaptiveL1Loss, reference.adaptive_l1_loss, arguments={"top_k": 2}),
+    "null_reward_loss": LossRow(NullRewardLoss, reference.null_reward_loss, prepare=with_null_choices),
 }
 
 # --- metrics ---
+
+NUM_EXPERTS = 5
+EXPERTS = {"num_experts": NUM_EXPERTS}
+DOMAINS = {**EXPERTS, "num_domains": 4}
+
+
+def _alone(routing):
+    return (routing,)
 
 
 @dataclass(frozen=True)
 class MetricRow:
     cls: type
-    truth: Callable[[list[Routing]], Any]
-    takes_num_experts: bool = True
+    truth: Callable[..., Any]
+    """Of a list, over the updates, for each argument of `update`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[Routing], tuple[Any, ...]] = _alone
+    """The arguments of `update`, made of a routing; what they say of a token depends on its logits alone."""
+    pools: bool = True
+    """Many updates come to the same as one with all of their tokens."""
 
-    def __call__(self, num_experts):
-        return self.cls(num_experts) if self.takes_num_experts else self.cls()
+    def __call__(self):
+        return self.cls(**self.arguments)
+
+
+def _bits(routing, count):
+    # a number below 2^count for each token
+    return ((routing.logits[:, :count] > 0).long() * 2 ** torch.arange(count)).sum(1)
+
+
+def _with_another_routing(routing):
+    # some tokens' columns move on by one; all rows in another order
+    columns = routing.expert_ids if routing.choice_ids is None else routing.choice_ids
+    moved = (columns + _bits(routing, 1)[routing.token_ids]) % routing.num_choices
+    optional = {"gradient_only": routing.gradient_only, "dropped": routing.dropped}
+    rows = {"token_ids": routing.token_ids, "expert_ids": moved, "weights": routing.weights, **optional}
+    flipped = {name: None if value is None else value.flip(0) for name, value in rows.items()}
+    return routing, Routing(**flipped, logits=routing.logits, scores=routing.scores, token_mask=routing.token_mask)
+
+
+def _with_domains(routing):
+    # domain 3 has no token; some tokens have no domain
+    return routing, _bits(routing, 2) - 1
+
+
+def _with_token_ids(routing):
+    # as labels: padding is -100
+    return routing, torch.where(_mask(routing), _bits(routing, 3), -100)
+
+
+def _random(routing, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(routing.num_tokens))
+
+
+def _weights(routing):
+    return ([_random(routing, NUM_EXPERTS, 3, 2), _random(routing, NUM_EXPERTS, 4).square()],)
+
+
+def _two_weights(routing):
+    (weights,) = _weights(routing)
+    return weights, [weight + 0.1 * _random(routing, *weight.shape) for weight in weights]
+
+
+def _mask(routing):
+    return torch.ones(routing.num_tokens, dtype=torch.bool) if routing.token_mask is None else routing.token_mask
+
+
+def _outputs(routing):
+    rotations = torch.randn(NUM_EXPERTS, NUM_EXPERTS, 3, generator=torch.Generator().manual_seed(0))
+    return routing.logits[:, :NUM_EXPERTS] @ rotations, _mask(routing)
+
+
+def _gate(routing):
+    return (_random(routing, routing.num_choices, 3),)
+
+
+def _two_log_probs(routing):
+    return routing.logits[:, 0], routing.logits[:, 1], _mask(routing)
 
 
 METRIC_ROWS = {
-    "expert_load": MetricRow(ExpertLoad, reference.load),
-    "max_violation": MetricRow(MaxViolation, reference.max_violation),
-    "dead_experts": MetricRow(DeadExperts, reference.dead_experts),
-    "load_entropy": MetricRow(LoadEntropy, reference.load_entropy),
-    "routing_entropy": MetricRow(RoutingEntropy, reference.routing_entropy, takes_num_experts=False),
+    "expert_load": MetricRow(metrics.ExpertLoad, reference.load, EXPERTS),
+    "max_violation": MetricRow(metrics.MaxViolation, reference.max_violation, EXPERTS),
+    "batch_max_violation": MetricRow(metrics.BatchMaxViolation, reference.batch_max_violation, pools=False),
+    "min_violation": MetricRow(metrics.MinViolation, reference.min_violation, EXPERTS),
+    "average_violation": MetricRow(metrics.AverageViolation, reference.average_violation, EXPERTS),
+    "load_imbalance": MetricRow(metrics.LoadImbalance, reference.load_imbalance, EXPERTS),
+    "utilization_quantiles": MetricRow(metrics.UtilizationQuantiles, reference.utilization_quantiles, EXPERTS),
+    "coefficient_of_variation": MetricRow(metrics.CoefficientOfVariation, reference.coefficient_of_variation, EXPERTS),
+    "squared_coefficient_of_variation": MetricRow(
+        metrics.SquaredCoefficientOfVariation, reference.squared_coefficient_of_variation, EXPERTS
+    ),
+    "gini_coefficient": MetricRow(metrics.GiniCoefficient, reference.gini_coefficient, EXPERTS),
+    "load_entropy": MetricRow(metrics.LoadEntropy, reference.load_entropy, EXPERTS),
+    "effective_experts": MetricRow(metrics.EffectiveExperts, reference.effective_experts, EXPERTS),
+    "dead_experts": MetricRow(metrics.DeadExperts, reference.dead_experts, EXPERTS),
+    "nearly_dead_experts": MetricRow(metrics.DeadExperts, reference.nearly_dead_experts, {**EXPERTS, "threshold": 0.5}),
+    "routing_entropy": MetricRow(metrics.RoutingEntropy, reference.routing_entropy),
+    "routing_confidence": MetricRow(metrics.RoutingConfidence, reference.routing_confidence),
+    "router_margin": MetricRow(metrics.RouterMargin, reference.router_margin),
+    "router_logit_norm": MetricRow(metrics.RouterLogitNorm, reference.router_logit_norm),
+    "max_router_logit": MetricRow(metrics.MaxRouterLogit, reference.max_router_logit),
+    "drop_rate": MetricRow(metrics.DropRate, reference.drop_rate),
+    "active_experts": MetricRow(metrics.ActiveExperts, reference.active_experts),
+    "router_saturation": MetricRow(metrics.RouterSaturation, reference.router_saturation, inputs=_with_another_routing),
+    "top_1_saturation": MetricRow(
+        metrics.RouterSaturation, reference.top_1_saturation, {"top_k": 1}, inputs=_with_another_routing
+    ),
+    "routing_change_rate": MetricRow(
+        metrics.RoutingChangeRate, reference.routing_change_rate, inputs=_with_another_routing
+    ),
+    "expert_coactivation": MetricRow(metrics.ExpertCoactivation, reference.expert_coactivation, EXPERTS),
+    "domain_specialization": MetricRow(
+        metrics.DomainSpecialization, reference.domain_specialization, DOMAINS, inputs=_with_domains
+    ),
+    "domain_total_variation": MetricRow(
+        metrics.DomainTotalVariation, reference.domain_total_variation, DOMAINS, inputs=_with_domains
+    ),
+    "domain_mutual_information": MetricRow(
+        metrics.DomainMutualInformation, reference.domain_mutual_information, DOMAINS, inputs=_with_domains
+    ),
+    "vocabulary_specialization": MetricRow(
+        metrics.VocabularySpecialization,
+        reference.vocabulary_specialization,
+        {**EXPERTS, "vocab_size": 9, "min_count": 2},
+        inputs=_with_token_ids,
+    ),
+    "vocabulary_specialization_of_all": MetricRow(
+        metrics.VocabularySpecialization,
+        reference.vocabulary_specialization_of_all,
+        {**EXPERTS, "vocab_size": 9, "top_k": None},
+        inputs=_with_token_ids,
+    ),
+    "expert_weight_cosine": MetricRow(
+        metrics.ExpertWeightCosine, reference.expert_weight_cosine, inputs=_weights, pools=False
+    ),
+    "expert_weight_distance": MetricRow(
+        metrics.ExpertWeightDistance, reference.expert_weight_distance, inputs=_two_weights, pools=False
+    ),
+    "output_similarity": MetricRow(metrics.OutputSimilarity, reference.output_similarity, inputs=_outputs),
+    "output_cka": MetricRow(metrics.OutputCKA, reference.output_cka, inputs=_outputs, pools=False),
+    "router_row_cosine": MetricRow(metrics.RouterRowCosine, reference.router_row_cosine, inputs=_gate, pools=False),
+    "counterfactual_routing_gain": MetricRow(
+        metrics.CounterfactualRoutingGain, reference.counterfactual_routing_gain, inputs=_two_log_probs
+    ),
 }
 
 # --- initialisers ---

@@ -433,7 +433,13 @@ def parts_of(tmp_path, *callbacks):
 
 def test_the_defaults_are_there_while_it_trains(tmp_path):
     parts = parts_of(tmp_path, MoEUpcycleCallback(PLAIN))
-    assert parts.kinds == ["MoEUpcycleCallback", "BalanceLossCallback", "ExpertUtilizationCallback", "Parts"]
+    assert parts.kinds == [
+        "MoEUpcycleCallback",
+        "BalanceLossCallback",
+        "ExpertBiasCallback",
+        "ExpertUtilizationCallback",
+        "Parts",
+    ]
     assert parts.losses == {name: ["load_balancing_loss", "z_loss"] for name in FFNS}
     assert parts.coefficients == [0.01, 0.001] * 2
 
@@ -444,7 +450,7 @@ def test_the_users_own_callbacks_win(tmp_path, first):
     ours = [MoEUpcycleCallback(PLAIN)]
     parts = parts_of(tmp_path, *(own + ours if first else ours + own))
     assert sorted(parts.kinds) == sorted(
-        ["MoEUpcycleCallback", "BalanceLossCallback", "ExpertUtilizationCallback", "Parts"]
+        ["MoEUpcycleCallback", "BalanceLossCallback", "ExpertBiasCallback", "ExpertUtilizationCallback", "Parts"]
     )
     assert parts.losses == {name: ["z_loss"] for name in FFNS}
     assert parts.coefficients == [0.5, 0.5]
@@ -452,7 +458,7 @@ def test_the_users_own_callbacks_win(tmp_path, first):
 
 def test_the_parts_can_be_turned_off(tmp_path):
     parts = parts_of(tmp_path, MoEUpcycleCallback(PLAIN, balance_losses=False, log_utilization=False))
-    assert parts.kinds == ["MoEUpcycleCallback", "Parts"]
+    assert parts.kinds == ["MoEUpcycleCallback", "ExpertBiasCallback", "Parts"]
     assert parts.losses == {name: [] for name in FFNS}
 
 

@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ from lightning_moe import (
 )
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.routers import top_k_assignment
+from lightning_moe.routers.base import init_arguments
 
 # float32 sums of a few dozen numbers of size one, in another order
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 
 every_loss = pytest.mark.parametrize("row", LOSS_ROWS.values(), ids=LOSS_ROWS)
-balance_loss = pytest.mark.parametrize(
-    "row", [row for row in LOSS_ROWS.values() if row.measures_balance], ids=[n for n in LOSS_ROWS if n != "z_loss"]
-)
+BALANCE_ROWS = {name: row for name, row in LOSS_ROWS.items() if row.measures_balance}
+balance_loss = pytest.mark.parametrize("row", BALANCE_ROWS.values(), ids=BALANCE_ROWS)
 
 
 def test_losses_have_rows():
@@ -54,7 +56,7 @@ def uniform(num_tokens, num_experts, top_k):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_balanced_is_one_for_every_k(row, top_k, num_experts):
     # E tokens give each expert K assignments; a float32 sum of E numbers 1 / E
-    assert row.cls()(uniform(num_experts, num_experts, top_k)).item() == pytest.approx(1, abs=1e-6)
+    assert row(uniform(num_experts, num_experts, top_k)).item() == pytest.approx(1, abs=1e-6)
 
 
 @balance_loss
@@ -62,7 +64,7 @@ def test_balanced_is_one_for_every_k(row, top_k, num_experts):
 def test_collapsed_is_experts_over_k(row, top_k):
     logits = torch.full((7, 5), -100.0)
     logits[:, :top_k] = 0  # exp(-100) is no float32 number beside 1
-    assert row.cls()(routing_from(logits, top_k)).item() == pytest.approx(5 / top_k, rel=1e-6)
+    assert row(routing_from(logits, top_k)).item() == pytest.approx(5 / top_k, rel=1e-6)
 
 
 @balance_loss
@@ -72,7 +74,7 @@ def test_four_layers_collapsed_on_different_experts_are_all_seen(row):
     for layer in range(4):
         logits = torch.full((7, 4), -20.0)
         logits[:, layer] = 0
-        losses.append(row.cls()(routing_from(logits, 1)).item())
+        losses.append(row(routing_from(logits, 1)).item())
     assert sum(losses) / 4 >= 3.9
 
 
@@ -88,7 +90,7 @@ def test_z_loss_of_a_uniform_router_is_log_e_squared():
 def test_equals_the_written_out_sum(row, num_tokens, top_k, masked):
     mask = torch.tensor([True, False, True, True, False, False, True])[:num_tokens] if masked else None
     logits = (3 * torch.randn(num_tokens, 5)).requires_grad_()
-    loss, truth = row.cls()(routing_from(logits, top_k, mask)), row.truth(routing_from(logits, top_k, mask))
+    loss, truth = row(routing_from(logits, top_k, mask)), row.truth(routing_from(logits, top_k, mask))
     assert loss.shape == ()
     torch.testing.assert_close(loss, truth, **FLOAT32)
     (grad,) = torch.autograd.grad(loss, logits)
@@ -101,8 +103,9 @@ def test_equals_the_written_out_sum_on_irregular_rows(row):
     # token 1 has three experts, token 2 none; scores that do not sum to one, as a sigmoid gives
     logits = torch.randn(3, 5, requires_grad=True)
     token_ids, expert_ids = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 0, 0, 2])
-    routing = Routing(token_ids, expert_ids, torch.ones(4), logits, logits.sigmoid())
-    loss, truth = row.cls()(routing), row.truth(routing)
+    scores = logits.sigmoid()
+    routing = Routing(token_ids, expert_ids, scores[token_ids, expert_ids], logits, scores)
+    loss, truth = row(routing), row.truth(routing)
     torch.testing.assert_close(loss, truth, **FLOAT32)
     (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (wanted,) = torch.autograd.grad(truth, logits)
@@ -116,7 +119,7 @@ def test_padding_changes_nothing(row, padding):
     x = torch.randn(4, 6)
     padded = torch.cat([x[:2], torch.full((3, 6), padding), x[2:]])
     mask = torch.tensor([True, True, False, False, False, True, True])
-    loss, loss_padded = row.cls()(router(x)), row.cls()(router(padded, Tokens(mask=mask)))
+    loss, loss_padded = row(router(x)), row(router(padded, Tokens(mask=mask)))
     torch.testing.assert_close(loss_padded, loss, **FLOAT32)
     (grad,) = torch.autograd.grad(loss, router.gate)
     (grad_padded,) = torch.autograd.grad(loss_padded, router.gate)
@@ -129,8 +132,8 @@ def test_padding_that_is_no_number_leaves_the_value_alone(row, padding):
     router = TopKRouter(6, 5)
     x, mask = torch.randn(4, 6), torch.tensor([True, True, False, True])
     x[2] = padding
-    loss = row.cls()(router(x, Tokens(mask=mask)))
-    torch.testing.assert_close(loss, row.cls()(router(x[mask])), **FLOAT32)
+    loss = row(router(x, Tokens(mask=mask)))
+    torch.testing.assert_close(loss, row(router(x[mask])), **FLOAT32)
 
 
 @every_loss
@@ -143,9 +146,9 @@ def test_padding_that_is_no_number_gets_no_gradient(row, padding):
     for table in given:
         table[2] = padding
         table.requires_grad_()
-    loss = row.cls()(Routing(*rows, torch.ones(4), *given, mask, 1))
-    truth = row.truth(Routing(*rows, torch.ones(4), *given, mask, 1))
-    got = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+    routing = Routing(*rows, given[1][rows], *given, mask, 1)
+    loss, truth = row(routing), row.truth(routing)
+    got = torch.autograd.grad(loss, given, retain_graph=True, allow_unused=True, materialize_grads=True)
     wanted = torch.autograd.grad(truth, given, allow_unused=True, materialize_grads=True)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, **FLOAT32)
@@ -154,22 +157,22 @@ def test_padding_that_is_no_number_gets_no_gradient(row, padding):
 @every_loss
 def test_all_padding_is_finite(row):
     logits = torch.randn(3, 5, requires_grad=True)
-    loss = row.cls()(routing_from(logits, 2, torch.zeros(3, dtype=torch.bool)))
-    assert loss.item() == 0
+    loss = row(routing_from(logits, 2, torch.zeros(3, dtype=torch.bool)))
+    assert math.isfinite(loss.item())
     assert not torch.autograd.grad(loss, logits)[0].any()
 
 
 @every_loss
 def test_no_token_is_finite(row):
     logits = torch.zeros(0, 5, requires_grad=True)
-    assert row.cls()(routing_from(logits, 2)).item() == 0
+    assert math.isfinite(row(routing_from(logits, 2)).item())
 
 
 @every_loss
 def test_the_scale_of_the_batch_does_not_matter(row):
     logits = torch.randn(7, 5)
     once, thrice = routing_from(logits, 2), routing_from(logits.repeat(3, 1), 2)
-    torch.testing.assert_close(row.cls()(once), row.cls()(thrice), **FLOAT32)
+    torch.testing.assert_close(row(once), row(thrice), **FLOAT32)
 
 
 @every_loss
@@ -177,10 +180,10 @@ def test_gradient_of_the_router_equals_finite_differences(row):
     router = TopKRouter(4, 3, top_k=2).double()
     with torch.no_grad():
         router.gate.normal_()
-    x, loss = torch.randn(5, 4, dtype=torch.float64), row.cls()
+    x = torch.randn(5, 4, dtype=torch.float64)
 
     def value(gate):
-        return loss(torch.func.functional_call(router, {"gate": gate}, (x,)))
+        return row(torch.func.functional_call(router, {"gate": gate}, (x,)))
 
     (grad,) = torch.autograd.grad(value(router.gate), router.gate)
     # central differences: an error of step^2; the step is too small to change a choice
@@ -215,12 +218,25 @@ def test_equals_that_of_transformers_over_k(top_k, padded, theirs):
 
 @every_loss
 def test_the_coefficient_is_kept_and_not_applied(row):
-    routing = routing_from(torch.randn(7, 5), 2)
-    assert torch.equal(row.cls(coefficient=0.5)(routing), row.cls(coefficient=2.0)(routing))
-    assert row.cls(coefficient=0.5).coefficient == 0.5
-    assert row.cls(coefficient=0.0).coefficient == 0
-    assert isinstance(row.cls(), BalanceLoss)
-    assert not list(row.cls().parameters())
+    routing = row.prepare(routing_from(torch.randn(7, 5), 2))
+    assert torch.equal(row.make(coefficient=0.5)(routing), row.make(coefficient=2.0)(routing))
+    assert row.make(coefficient=0.5).coefficient == 0.5
+    assert row.make(coefficient=0.0).coefficient == 0
+    assert isinstance(row.make(), BalanceLoss)
+    assert not list(row.make().parameters())
+
+
+@every_loss
+def test_every_argument_is_kept_and_every_loss_can_be_copied(row):
+    loss = row.make(coefficient=0.25)
+    assert init_arguments(loss) == {**init_arguments(row.make()), **row.arguments, "coefficient": 0.25}
+    routing = row.prepare(routing_from(torch.randn(7, 5), 2))
+    assert torch.equal(copy.deepcopy(loss)(routing), loss(routing))
+
+
+@every_loss
+def test_measures_balance_is_declared(row):
+    assert row.cls.measures_balance == row.measures_balance
 
 
 @every_loss

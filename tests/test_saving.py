@@ -178,6 +178,7 @@ def test_several_files(tmp_path):
 # --- routers ---
 
 
+@pytest.mark.filterwarnings("ignore:.*routing depend on later tokens")
 @pytest.mark.parametrize("name", [n for n in ROUTER_ROWS if n != "top_k"])
 def test_the_arguments_of_every_router_come_back(name, tmp_path):
     row = TEXT_ROWS["llama"]
@@ -189,6 +190,16 @@ def test_the_arguments_of_every_router_come_back(name, tmp_path):
         assert type(layer.router) is type(wanted.router)
         for argument, value in ROUTER_ROWS[name].arguments.items():
             assert getattr(layer.router, argument) == value
+
+
+def test_shared_experts_and_capacity_come_back(tmp_path):
+    row = TEXT_ROWS["llama"]
+    saved = trained(row.build(), config_of(num_shared_experts=2, capacity_factor=1.5))
+    save_moe(saved, tmp_path)
+    loaded = load_moe(tmp_path)
+    assert_same(loaded, saved, row.batch())
+    for layer in moe_layers(loaded).values():
+        assert (layer.shared_experts.num_experts, layer.capacity_factor) == (2, 1.5)
 
 
 def test_a_custom_router_comes_back(tmp_path):

@@ -68,10 +68,19 @@ def test_initialisers_have_rows():
 # --- step 0 is the dense model ---
 
 
+# routers that look at later tokens say so when they are put into a causal language model
+not_causal = pytest.mark.filterwarnings("ignore:.*routing depend on later tokens")
+KEPT = [name for name, row in ROUTER_ROWS.items() if row(8, E).weights_sum is not None]
+NOT_KEPT = [name for name in ROUTER_ROWS if name not in KEPT]
+
+
+@not_causal
 @every_family
-@pytest.mark.parametrize("router", [n for n, r in ROUTER_ROWS.items() if r(8, E).weights_sum_to_one])
+@pytest.mark.parametrize("router", KEPT)
 @pytest.mark.parametrize("init", [n for n, i in INIT_ROWS.items() if i.copies_dense])
 def test_dense_logits_are_kept(row, router, init):
+    if ROUTER_ROWS[router](8, E).uses_token_ids and not row.is_text:
+        pytest.skip("routes by token ids, of which this model has none")
     config = UpcycleConfig(num_experts=E, router=ROUTER_ROWS[router], init=INIT_ROWS[init]())
     dense, moe, receipt = twins(row, config)
     batch = row.batch()
@@ -80,6 +89,44 @@ def test_dense_logits_are_kept(row, router, init):
     assert (logits(moe, batch) - wanted).abs().max() <= PROMISE * max(1.0, wanted.abs().max().item())
     assert receipt.preserved
     assert set(moe_layers(moe)) == set(row.names)
+
+
+@not_causal
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("router", KEPT)
+@pytest.mark.parametrize("num_shared", [1, 2])
+def test_dense_logits_are_kept_with_shared_experts(router, family, num_shared):
+    row = FAMILY_ROWS[family]
+    config = UpcycleConfig(num_experts=E, router=ROUTER_ROWS[router], num_shared_experts=num_shared)
+    dense, moe, receipt = twins(row, config)
+    wanted = logits(dense, row.batch())
+    assert (logits(moe, row.batch()) - wanted).abs().max() <= PROMISE * max(1.0, wanted.abs().max().item())
+    assert receipt.preserved
+    assert f"and {num_shared} shared" in str(receipt)
+    assert receipt.parameters[1] - receipt.active_parameters[1] == pytest.approx(
+        2 * row.ffn_parameters * (E - receipt.experts_per_token), abs=1
+    )
+
+
+@not_causal
+@pytest.mark.parametrize("router", NOT_KEPT)
+def test_the_receipt_says_where_the_dense_logits_are_not_kept(router):
+    row = FAMILY_ROWS["llama"]
+    dense, _, _ = twins(row)
+    receipt = upcycle(dense, UpcycleConfig(num_experts=E, router=ROUTER_ROWS[router]), batch=row.batch())
+    assert not receipt.preserved
+    assert "NOT the dense model" in str(receipt)
+    assert type(moe_layers(dense)["model.layers.0.mlp"].router).__name__ in receipt.reason
+    assert receipt.measured_difference > 0
+
+
+def test_capacity_keeps_the_dense_logits_in_evaluation_only():
+    row = FAMILY_ROWS["llama"]
+    dense, moe, receipt = twins(row, UpcycleConfig(num_experts=E, capacity_factor=0.5))
+    assert torch.allclose(logits(moe.eval(), row.batch()), logits(dense, row.batch()), atol=PROMISE)
+    assert not torch.allclose(logits(moe.train(), row.batch()), logits(dense, row.batch()), atol=100 * PROMISE)
+    assert not receipt.preserved
+    assert "capacity_factor=0.5" in receipt.reason
 
 
 @every_family

@@ -13,7 +13,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # imported so that jsonargparse finds them by their short names: class_path: MoEModule
-from lightning_moe.callbacks import BalanceLossCallback, ExpertUtilizationCallback, MoEUpcycleCallback
+from lightning_moe.callbacks import (
+    BalanceLossCallback,
+    ExpertBiasCallback,
+    ExpertUtilizationCallback,
+    MoEUpcycleCallback,
+)
 from lightning_moe.data import TextDataModule
 from lightning_moe.initializers import INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
@@ -26,6 +31,7 @@ _CLASSES: tuple[type, ...] = (
     TextDataModule,
     MoEUpcycleCallback,
     BalanceLossCallback,
+    ExpertBiasCallback,
     ExpertUtilizationCallback,
     *ROUTERS,
     *INITIALIZERS,
@@ -60,8 +66,10 @@ def _explain(message: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if unknown := _UNKNOWN.search(text):
         name = next(group for group in unknown.groups() if group).rpartition(".")[2]
-        if close := get_close_matches(name, sorted(_known_names()), n=1):
-            lines.append(f"Did you mean {close[0]!r}?")
+        # a wrong capital is no wrong letter
+        known = {known.lower(): known for known in sorted(_known_names())}
+        if close := get_close_matches(name.lower(), known, n=1):
+            lines.append(f"Did you mean {known[close[0]]!r}?")
     return "\n  ".join(lines)
 
 

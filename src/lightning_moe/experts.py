@@ -24,7 +24,7 @@ class Dispatched:
 
     Args:
         x: hidden states, one row per assignment, sorted by expert.
-        order: the assignment behind each row.
+        order: the number of the assignment behind each row.
         expert_ids: the expert of each row, ascending.
         offsets: where each expert's rows end.
     """
@@ -38,12 +38,15 @@ class Dispatched:
 def dispatch(x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
     """Copies each token to its experts, rows sorted by expert.
 
+    What is dropped, or goes to no FFN, gets no row and costs no GEMM; finding out how many these are waits for the
+    device.
+
     Args:
         x: hidden states of the tokens.
         routing: where they go.
 
     Returns:
-        One row per assignment. Within one expert the rows keep the order of the tokens.
+        One row per computed assignment. Within one expert the rows keep the order of the tokens.
 
     Example:
         >>> routing = Routing(torch.arange(3), torch.tensor([2, 0, 2]), torch.ones(3), *torch.zeros(2, 3, 3), top_k=1)
@@ -51,7 +54,13 @@ def dispatch(x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
         >>> dispatched.x.flatten().tolist(), dispatched.offsets.tolist()
         ([2.0, 1.0, 3.0], [1, 1, 3])
     """
-    expert_ids, order = torch.sort(routing.expert_ids, stable=True)
+    computed = routing.computed()
+    if computed is None:
+        expert_ids, order = torch.sort(routing.expert_ids, stable=True)
+    else:
+        rows = computed.nonzero().squeeze(1)
+        expert_ids, order = torch.sort(routing.expert_ids.index_select(0, rows), stable=True)
+        order = rows.index_select(0, order)
     experts = torch.arange(routing.num_experts, device=x.device, dtype=expert_ids.dtype)
     # a binary search in the sorted ids: deterministic, and no host sync, unlike bincount
     offsets = torch.searchsorted(expert_ids, experts, right=True).to(torch.int32)
@@ -70,7 +79,7 @@ def combine(y: Float[Tensor, "N D"], dispatched: Dispatched, routing: Routing) -
     Returns:
         The weighted sum per token, in the dtype of ``y``; zeros for a token without an expert.
     """
-    if routing.top_k is not None:
+    if routing.top_k is not None and routing.computed() is None:
         weights = routing.weights.view(-1, routing.top_k)
         return _CombineTopK.apply(y, weights, dispatched.order)  # type: ignore[no-any-return]
     weighted = y * routing.weights.index_select(0, dispatched.order).unsqueeze(-1)  # float32
@@ -236,8 +245,18 @@ class Experts(nn.Module):
         """The sizes, for ``print(model)``."""
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, expert_size={self.expert_size}"
 
-    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """Computes ``y[t] = sum_n weights[n] * expert_{expert_ids[n]}(x[t])`` over the assignments n of token t."""
+    def forward(self, x: Float[Tensor, "T D"], routing: Routing | None = None) -> Float[Tensor, "T D"]:
+        """Computes ``y[t] = sum_n weights[n] * expert_{expert_ids[n]}(x[t])`` over the assignments n of token t.
+
+        Without a routing every token goes through every expert, and the outputs are summed: what shared experts do.
+        """
+        if routing is None:
+            return self._sum(x)
+        y, rows = self.outputs(x, routing)
+        return combine(y, rows, routing)
+
+    def outputs(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "M D"], Dispatched]:
+        """Computes each expert's outputs, unweighted, in the order of their experts, and says which rows these are."""
         weights: list[Tensor | None] = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
         if torch.is_autocast_enabled(x.device.type):
             # grouped_mm is no autocast operation: without this it would silently run in float32
@@ -253,7 +272,16 @@ class Experts(nn.Module):
         y = grouped_linear(self.activate(hidden), down, rows.offsets)  # (N, D)
         if down_bias is not None:
             y = y + down_bias.index_select(0, rows.expert_ids)
-        return combine(y, rows, routing)
+        return y, rows
+
+    def _sum(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        biases = [None if b is None else b.unbind(0) for b in (self.first_proj_bias, self.down_proj_bias)]
+        total: Tensor | None = None
+        for e, (first, down) in enumerate(zip(self.first_proj.unbind(0), self.down_proj.unbind(0), strict=True)):
+            first_bias, down_bias = (None if b is None else b[e] for b in biases)
+            y = F.linear(self.activate(F.linear(x, first, first_bias)), down, down_bias)
+            total = y if total is None else total + y
+        return x.new_zeros(x.shape) if total is None else total
 
     def activate(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
         """Applies the activation, and the gate where there is one, to the first projection's output."""
@@ -269,6 +297,8 @@ class Experts(nn.Module):
         out = x.new_zeros(x.shape)
         for expert in range(self.num_experts):
             chosen = routing.expert_ids == expert
+            if routing.dropped is not None:
+                chosen = chosen & ~routing.dropped
             rows = x[routing.token_ids[chosen]]
             first_bias = None if self.first_proj_bias is None else self.first_proj_bias[expert]
             down_bias = None if self.down_proj_bias is None else self.down_proj_bias[expert]

@@ -1,21 +1,23 @@
 """The layer that replaces a dense FFN."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_moe.experts import Experts
+from lightning_moe.experts import Experts, combine
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.routers import Router
-from lightning_moe.routing import TokenContext, is_observed, notify
+from lightning_moe.routing import Routing, is_observed, is_recomputing, limit_capacity, notify
+from lightning_moe.tokens import TokenContext
 
 
 class MoELayer(nn.Module):
     """A router and its experts in the place of a dense FFN: same input, same output.
 
-    ``out = sum over the assignments n of token t of weights[n] * expert_n(x[t])``.
+    ``out[t] = sum over the assignments n of token t of weights[n] * expert_n(x[t]) + sum_s shared_expert_s(x[t])``.
 
     Balance losses are attached by callbacks, as modules in ``balance_losses``. With gradients on, the layer computes
     them from its own routing and injects their gradient into the graph at its output, scaled by ``loss_scale`` (a 0-d
@@ -24,8 +26,14 @@ class MoELayer(nn.Module):
     Args:
         router: decides which token goes where.
         experts: what the tokens are sent through.
+        shared_experts: what every token goes through besides; None where there are none.
+        capacity_factor: in training each expert takes at most ``ceil(capacity_factor * N / E)`` tokens, see
+            `limit_capacity`; None takes all, as evaluation does.
         dropout: probability of the dropout on the output, as the dense FFN had it.
         name: the layer's name in its model, under which its routing is recorded.
+
+    Raises:
+        ValueError: if router and experts differ in number, or the capacity factor is not above 0.
 
     Example:
         >>> from lightning_moe import TopKRouter
@@ -34,15 +42,32 @@ class MoELayer(nn.Module):
         torch.Size([2, 5, 8])
     """
 
-    def __init__(self, router: Router, experts: Experts, *, dropout: float = 0.0, name: str = "moe") -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        shared_experts: Experts | None = None,
+        capacity_factor: float | None = None,
+        dropout: float = 0.0,
+        name: str = "moe",
+    ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
             raise ValueError(f"{name}: a router of {router.num_experts} experts cannot serve {experts.num_experts}.")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"{name}: capacity_factor={capacity_factor}, wanted a number > 0, or None for no limit.")
         self.router = router
         self.experts = experts
+        self.shared_experts = shared_experts
+        self.capacity_factor = capacity_factor
         self.dropout = nn.Dropout(dropout)
         self.name = name
         self.context = TokenContext()
+        # among the layers that share the context: where routers build on each other's logits
+        self.position = 0
+        self.is_last = True
+        self._previous_logits: Tensor | None = None
         self.balance_losses = nn.ModuleDict()
         # No buffer: precision plugins would cast it, and 1/3 or a loss scale of 65536 is no half-precision number.
         self.loss_scale = torch.ones((), dtype=torch.float32)
@@ -52,24 +77,67 @@ class MoELayer(nn.Module):
         """Routes each token to its experts and returns the weighted sum of their outputs."""
         x: Tensor = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
         sequence_length = hidden_states.shape[-2] if hidden_states.dim() > 1 else 1
+        routing = self._route(x, sequence_length)
+        out, routing = self._compute(x, routing)
+        if (free := self.router.zero_computation(x, routing)) is not None:
+            out = out + free.to(out.dtype)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        out = self._watch_and_balance(self.dropout(out), routing)
+        reshaped: Tensor = out.view(hidden_states.shape)
+        return reshaped
+
+    def _route(self, x: Float[Tensor, "T D"], sequence_length: int) -> Routing:
         tokens = self.context.tokens(x.shape[0] // max(sequence_length, 1), sequence_length)
-        routing = self.router(x, tokens)
-        out = self.dropout(self.experts(x, routing))
+        if self.router.uses_previous_logits:
+            tokens = replace(tokens, previous_logits=self._logits_before(x.shape[0]))
+        routing: Routing = replace(self.router(x, tokens), sequence_length=sequence_length)
+        if self.router.uses_previous_logits and not self.is_last and not is_recomputing():
+            self.context.logits = (self.position, routing.logits)
+        if self.capacity_factor is None or not self.training:
+            return routing
+        return limit_capacity(routing, self.capacity_factor)
+
+    def _logits_before(self, num_tokens: int) -> Float[Tensor, "T choices"] | None:
+        if is_recomputing():
+            return self._previous_logits
+        position, logits = self.context.logits or (self.position, None)
+        # taken, so that nothing of the graph outlives the forward
+        self.context.logits = None
+        if logits is not None and (position != self.position - 1 or logits.shape[0] != num_tokens):
+            logits = None
+        # what activation checkpointing will ask for again, without the graph
+        self._previous_logits = None if logits is None else logits.detach()
+        return logits
+
+    def _compute(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "T D"], Routing]:
+        # what the losses look at is kept only if one of them does
+        losses = list(self.balance_losses.values()) if torch.is_grad_enabled() else []
+        if any(loss.needs_gate for loss in losses):
+            routing = replace(routing, gate=self.router.gate_rows())
+        if not any(loss.needs_outputs for loss in losses):
+            return self.experts(x, routing), routing
+        y, rows = self.experts.outputs(x, routing)
+        in_order = y.new_zeros(len(routing.expert_ids), y.shape[1]).index_copy(0, rows.order, y)
+        return combine(y, rows, routing), replace(routing, outputs=in_order)
+
+    def _watch_and_balance(self, out: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         # not self.training: transformers' from_pretrained leaves a model in evaluation mode, and Lightning trains it so
-        injecting = torch.is_grad_enabled()
+        injecting, observed = torch.is_grad_enabled(), is_observed()
+        if injecting and self.loss_scale.device != out.device:
+            self.loss_scale = self.loss_scale.to(out.device)
         losses: dict[str, Tensor] = {}
-        if injecting and self.loss_scale.device != x.device:
-            self.loss_scale = self.loss_scale.to(x.device)
-        if injecting or is_observed():
+        if injecting or observed:
             for name, loss in self.balance_losses.items():
                 assert isinstance(loss, BalanceLoss)
+                if not injecting and (loss.needs_outputs or loss.needs_gate):
+                    continue
                 losses[name] = loss(routing)
                 if injecting:
                     out = _InjectGradient.apply(out, loss.coefficient * losses[name], self.loss_scale)
-        if is_observed():
+        if observed:
             notify(self.name, routing, losses)
-        reshaped: Tensor = out.view(hidden_states.shape)
-        return reshaped
+        return out
 
 
 class _InjectGradient(torch.autograd.Function):

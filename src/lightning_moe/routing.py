@@ -1,21 +1,17 @@
 """The record that flows, and the window that collects these records.
 
 A `Routing` says which token goes to which expert with what weight. A window opened by `record_routing` collects the
-routings of every MoE layer that runs while it is open. `TokenContext` carries the padding mask and the token ids from
-the model's inputs to its layers.
+routings of every MoE layer that runs while it is open.
 """
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class MoEWarning(UserWarning):
@@ -30,23 +26,47 @@ class Routing:
     dispatch and one set of metrics. Where every token has the same number of rows, in token order, ``top_k`` says so
     and `combine` uses it.
 
+    The router's columns are its choices. They are the E experts, unless ``num_ffn_experts`` says that fewer of them are
+    FFNs: what comes after those computes nothing (null, zero, copy and constant experts), and no row of theirs is
+    dispatched. A router with several choices for one expert gives ``choice_ids`` and ``choice_experts`` too.
+
     Args:
         token_ids: token of each assignment, 0 <= id < T.
-        expert_ids: expert of each assignment, 0 <= id < E.
+        expert_ids: expert of each assignment; one that is no FFN has an id of E or more.
         weights: combine weight of each assignment, differentiable.
-        logits: output of the router's gate, float32.
+        logits: output of the router's gate, one column per choice, float32.
         scores: the logits after softmax, sigmoid, ..., float32.
         token_mask: False marks padding, which enters no loss and no statistic; None means that all tokens are real.
         top_k: K, where row ``t * K + j`` is the j-th assignment of token t; None where rows are irregular.
+        num_ffn_experts: E, where that is not the number of columns.
+        choice_ids: the column of each assignment, where that is not its expert.
+        choice_experts: the expert of each column, where that is not its number.
+        dropped: True marks an assignment that was chosen, and counts, but is not computed: it was over capacity.
+        gradient_only: True marks a row that was not chosen and does not count: its weight is 0, and it is computed for
+            the gradient of that weight.
+        expected_load: a differentiable estimate of the tokens per expert, from routers that have one.
+        sequence_length: S, where the T tokens are sequences of S tokens each.
+        outputs: what each assignment's expert computed, unweighted, where a loss looks at it; zeros for what was not
+            computed.
+        gate: the router's rows, one per choice, where a loss looks at them.
     """
 
     token_ids: Int[Tensor, " N"]
     expert_ids: Int[Tensor, " N"]
     weights: Float[Tensor, " N"]
-    logits: Float[Tensor, "T E"]
-    scores: Float[Tensor, "T E"]
+    logits: Float[Tensor, "T choices"]
+    scores: Float[Tensor, "T choices"]
     token_mask: Bool[Tensor, " T"] | None = None
     top_k: int | None = None
+    num_ffn_experts: int | None = None
+    choice_ids: Int[Tensor, " N"] | None = None
+    choice_experts: Int[Tensor, " choices"] | None = None
+    dropped: Bool[Tensor, " N"] | None = None
+    gradient_only: Bool[Tensor, " N"] | None = None
+    expected_load: Float[Tensor, " choices"] | None = None
+    sequence_length: int | None = None
+    outputs: Float[Tensor, "N D"] | None = None
+    gate: Float[Tensor, "choices _"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,25 +74,39 @@ class Routing:
         return self.logits.shape[0]
 
     @property
-    def num_experts(self) -> int:
-        """E, the number of columns of the logits."""
+    def num_choices(self) -> int:
+        """The number of columns of the logits."""
         return self.logits.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts that are FFNs."""
+        return self.num_choices if self.num_ffn_experts is None else self.num_ffn_experts
+
+    def counted(self) -> Float[Tensor, " N"]:
+        """1 for each assignment that counts: chosen, of a real token; else 0."""
+        ones = torch.ones_like(self.expert_ids, dtype=torch.float32)
+        if self.token_mask is not None:
+            ones = self.token_mask.index_select(0, self.token_ids).to(torch.float32)
+        return ones if self.gradient_only is None else ones.masked_fill(self.gradient_only, 0)
+
+    def computed(self) -> Bool[Tensor, " N"] | None:
+        """Marks the assignments that an FFN computes; None where all are."""
+        kept = None if self.dropped is None else ~self.dropped
+        if self.num_ffn_experts is None:
+            return kept
+        is_ffn = self.expert_ids < self.num_ffn_experts
+        return is_ffn if kept is None else is_ffn & kept
 
     def detach(self) -> "Routing":
         """Returns the same routing without its graph, for keeping beyond the step."""
-        return Routing(
-            self.token_ids,
-            self.expert_ids,
-            self.weights.detach(),
-            self.logits.detach(),
-            self.scores.detach(),
-            self.token_mask,
-            self.top_k,
-        )
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        detached: dict[str, Any] = {k: v.detach() if isinstance(v, Tensor) else v for k, v in parts.items()}
+        return Routing(**detached)
 
 
 def expert_load(routing: Routing) -> Float[Tensor, " E"]:
-    """Counts the assignments of each expert, padding left out.
+    """Counts the assignments of each expert that is an FFN, padding left out; what is dropped was chosen, and counts.
 
     Args:
         routing: the routing of one layer.
@@ -85,32 +119,96 @@ def expert_load(routing: Routing) -> Float[Tensor, " E"]:
         >>> expert_load(routing)
         tensor([1., 0., 2., 0.])
     """
-    ones = torch.ones_like(routing.expert_ids, dtype=torch.float32)
-    if routing.token_mask is not None:
-        ones = routing.token_mask.index_select(0, routing.token_ids).to(torch.float32)
-    return ones.new_zeros(routing.num_experts).index_add_(0, routing.expert_ids, ones)
+    # one place more, where all that is no FFN is counted
+    ids = routing.expert_ids.clamp(max=routing.num_experts)
+    counted = routing.counted()
+    return counted.new_zeros(routing.num_experts + 1).index_add_(0, ids, counted)[:-1]
+
+
+def choice_load(routing: Routing) -> Float[Tensor, " choices"]:
+    """Counts the assignments of each of the router's choices, padding left out.
+
+    The same as `expert_load` where every choice is an expert.
+
+    Example:
+        >>> routing = Routing(torch.arange(2), torch.tensor([0, 2]), torch.ones(2), *torch.zeros(2, 2, 3), None, 1, 2)
+        >>> expert_load(routing), choice_load(routing)
+        (tensor([1., 0.]), tensor([1., 0., 1.]))
+    """
+    ids = routing.expert_ids if routing.choice_ids is None else routing.choice_ids
+    counted = routing.counted()
+    return counted.new_zeros(routing.num_choices).index_add_(0, ids, counted)
+
+
+def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+    """Drops the assignments beyond each expert's capacity of ``ceil(capacity_factor * N / E)`` tokens.
+
+    N is the number of assignments of real tokens. The first come are kept, in the order of the tokens, so that no token
+    depends on a later one; padding takes no place. A dropped assignment adds nothing to its token's output.
+
+    Reference: Fedus et al., *Switch Transformers*, 2021, equation 3, https://arxiv.org/abs/2101.03961. Differs from it
+    for top_k > 1 as Megatron does: a token's second choice stands in the queue with the token.
+
+    Args:
+        routing: the routing of one layer, its rows in the order of the tokens.
+        capacity_factor: 1 gives room for a perfectly even load only; 1.25 in Switch.
+
+    Example:
+        >>> routing = Routing(torch.arange(4), torch.tensor([0, 0, 0, 1]), torch.ones(4), *torch.zeros(2, 4, 2))
+        >>> limit_capacity(routing, 1.0).dropped
+        tensor([False, False,  True, False])
+    """
+    num_experts, real = routing.num_experts, routing.counted() > 0
+    computed = routing.computed()
+    queued = real if computed is None else real & computed
+    capacity = (capacity_factor * real.sum() / num_experts).ceil()
+    # those without a place in a queue stand in one of their own, behind the experts'
+    queues, order = torch.where(queued, routing.expert_ids, num_experts).sort(stable=True)
+    starts = torch.searchsorted(queues, torch.arange(num_experts + 1, device=queues.device))
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device) - starts[queues]
+    dropped = queued & (places >= capacity)
+    return replace(routing, dropped=dropped if routing.dropped is None else dropped | routing.dropped)
 
 
 def concatenate(routings: list[Routing]) -> Routing:
     """Joins the routings of several forwards of one layer; the tokens are numbered on."""
+    first = routings[0]
     if len(routings) == 1:
-        return routings[0]
+        return first
     starts = [0]
     for routing in routings:
         starts.append(starts[-1] + routing.num_tokens)
-    masks = None
-    if any(r.token_mask is not None for r in routings):
-        full = [r.logits.new_ones(r.num_tokens, dtype=torch.bool) for r in routings]
-        masks = torch.cat([f if r.token_mask is None else r.token_mask for r, f in zip(routings, full, strict=True)])
-    top_ks = {r.top_k for r in routings}
+
+    def joined(name: str, default: Callable[[Routing], Tensor]) -> Tensor | None:
+        parts = [getattr(routing, name) for routing in routings]
+        if all(part is None for part in parts):
+            return None
+        return torch.cat([default(r) if part is None else part for r, part in zip(routings, parts, strict=True)])
+
+    def common(name: str) -> Any:
+        values = {getattr(routing, name) for routing in routings}
+        return values.pop() if len(values) == 1 else None
+
+    loads = [routing.expected_load for routing in routings if routing.expected_load is not None]
+    outputs = [routing.outputs for routing in routings if routing.outputs is not None]
     return Routing(
         torch.cat([r.token_ids + start for r, start in zip(routings, starts, strict=False)]),
         torch.cat([r.expert_ids for r in routings]),
         torch.cat([r.weights for r in routings]),
         torch.cat([r.logits for r in routings]),
         torch.cat([r.scores for r in routings]),
-        masks,
-        top_ks.pop() if len(top_ks) == 1 else None,
+        joined("token_mask", lambda r: r.logits.new_ones(r.num_tokens, dtype=torch.bool)),
+        common("top_k"),
+        first.num_ffn_experts,
+        joined("choice_ids", lambda r: r.expert_ids),
+        first.choice_experts,
+        joined("dropped", lambda r: torch.zeros_like(r.expert_ids, dtype=torch.bool)),
+        joined("gradient_only", lambda r: torch.zeros_like(r.expert_ids, dtype=torch.bool)),
+        torch.stack(loads).sum(0) if len(loads) == len(routings) else None,
+        common("sequence_length"),
+        torch.cat(outputs) if len(outputs) == len(routings) else None,
+        first.gate,
     )
 
 
@@ -207,89 +305,3 @@ def notify(name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
 def is_observed() -> bool:
     """Whether any window is open, so that a layer can skip `notify` (a graph break under ``torch.compile``)."""
     return bool(_observers)
-
-
-# --- what the layers must know of the tokens ---
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What is known of the T tokens that a router sees, beside their hidden states.
-
-    Args:
-        ids: token ids, where the model got them.
-        mask: False marks padding; None means that all tokens are real.
-    """
-
-    ids: Int[Tensor, " T"] | None = None
-    mask: Bool[Tensor, " T"] | None = None
-
-
-@dataclass
-class TokenContext:
-    """Carries ``input_ids`` and ``attention_mask`` from a model's inputs to the MoE layers inside it.
-
-    One object is shared by the layers of one model. It keeps the inputs of the last forward, and of the last one with
-    gradients: activation checkpointing repeats a layer during the backward, when the model's forward has long ended.
-    Two forwards with different masks before one backward cannot be told apart then, which gives a warning.
-    """
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    inputs_with_grad: dict[str, Tensor] = field(default_factory=dict)
-    recomputed: bool = True
-    ambiguous: bool = False
-
-    def tokens(self, batch_size: int, sequence_length: int) -> Tokens:
-        """Returns what is known of a (B, S) batch, flattened to T = B·S tokens.
-
-        With a key-value cache the mask covers the past too; the last S columns belong to the tokens at hand.
-        """
-        found = {}
-        for key, value in self._inputs_of_this_forward().items():
-            # some models flatten to (T, D) before their FFNs
-            if value.numel() == batch_size * sequence_length:
-                found[key] = value.reshape(-1)
-            elif value.shape[0] == batch_size and value.shape[1] > sequence_length:
-                found[key] = value[:, -sequence_length:].reshape(-1)
-        mask = found.get("attention_mask")
-        return Tokens(found.get("input_ids"), None if mask is None else mask.bool())
-
-    def watch(self, model: nn.Module) -> None:
-        """Notes ``input_ids`` and ``attention_mask`` of each forward of a model, given by name or position."""
-        parameters = tuple(inspect.signature(model.forward).parameters)
-        # no closure: a deep copy or a pickle of the model takes its own context along
-        model.register_forward_pre_hook(partial(self._note_inputs, parameters), with_kwargs=True)
-
-    def _note_inputs(
-        self, parameters: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        self.inputs = {
-            key: value
-            for key in ("input_ids", "attention_mask")
-            if isinstance(value := given.get(key), Tensor) and value.dim() == 2
-        }
-        if torch.is_grad_enabled():
-            masks = self.inputs.get("attention_mask"), self.inputs_with_grad.get("attention_mask")
-            self.ambiguous = not self.recomputed and masks[0] is not masks[1]
-            self.inputs_with_grad, self.recomputed = self.inputs, False
-
-    def _inputs_of_this_forward(self) -> dict[str, Tensor]:
-        if not self.inputs or torch.compiler.is_compiling() or not is_recomputing():
-            return self.inputs
-        if self.ambiguous:
-            warnings.warn(
-                "Activation checkpointing recomputes the MoE layers of two forwards with different attention masks "
-                "before one backward: the balance losses of the first take the mask of the second. Join the two in one "
-                "batch, or turn checkpointing or the balance losses off.",
-                MoEWarning,
-                stacklevel=2,
-            )
-            self.ambiguous = False
-        self.recomputed = True
-        return self.inputs_with_grad
-
-
-def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module is a text model: its forward takes ``input_ids``."""
-    return "input_ids" in inspect.signature(module.forward).parameters

@@ -69,8 +69,8 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     family = None if recipe["family"] is None else FFNFamily(**recipe["family"])
     built: dict[str, tuple[Any, ...]] = {}
     for name, layer in recipe["layers"].items():
-        key = (layer["num_experts"], layer["router"]["class_path"], json.dumps(layer["router"]["init_args"]))
-        built.setdefault(json.dumps(key), (layer, []))[1].append(name)
+        key = json.dumps({part: value for part, value in layer.items() if part != "expert_size"}, sort_keys=True)
+        built.setdefault(key, (layer, []))[1].append(name)
     if len(built) != 1:
         raise ValueError("moe_config: the layers differ in their routers; one configuration serves all layers.")
     layer, names = next(iter(built.values()))
@@ -81,7 +81,15 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
 
     upcycle(
         model,
-        UpcycleConfig(num_experts=layer["num_experts"], router=router, init=CopyInit(), layers=names, family=family),
+        UpcycleConfig(
+            num_experts=layer["num_experts"],
+            router=router,
+            init=CopyInit(),
+            num_shared_experts=layer.get("num_shared_experts", 0),
+            capacity_factor=layer.get("capacity_factor"),
+            layers=names,
+            family=family,
+        ),
     )
 
 
@@ -170,6 +178,8 @@ def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
         ) from error
     return {
         "num_experts": layer.experts.num_experts,
+        "num_shared_experts": 0 if layer.shared_experts is None else layer.shared_experts.num_experts,
+        "capacity_factor": layer.capacity_factor,
         "expert_size": layer.experts.expert_size,
         "router": {"class_path": f"{router.__module__}.{router.__qualname__}", "init_args": arguments},
     }

@@ -1,6 +1,7 @@
 """Dense model in, Mixture-of-Experts model out, in place; the one configuration; the receipt."""
 
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,8 @@ from lightning_moe.ffn import FFNFamily, FFNWeights, find_ffns
 from lightning_moe.initializers import CopyInit, ExpertInit
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.routers import Router, TopKRouter
-from lightning_moe.routing import TokenContext, takes_tokens
+from lightning_moe.routing import MoEWarning
+from lightning_moe.tokens import TokenContext, takes_tokens
 
 _SLICE = re.compile(r"-?\d*:-?\d*(:-?\d*)?")
 
@@ -29,6 +31,11 @@ class UpcycleConfig:
         router: called as ``router(hidden_size, num_experts)`` for each layer: a `Router` class, or one with arguments
             bound, as ``functools.partial(TopKRouter, top_k=4)``.
         init: fills the experts from the dense FFN; None is ``CopyInit()``.
+        num_shared_experts: experts that every token goes through, beside those that it is routed to (SharedE). All are
+            scaled so that step 0 stays the dense model: S shared experts and routed weights that sum to w are divided
+            by S + w.
+        capacity_factor: in training each expert takes at most ``ceil(capacity_factor * N / E)`` of the N assignments of
+            a batch, and drops the others; None takes all, as evaluation does. See `limit_capacity`.
         layers: which of the model's FFNs, counted from 0 in the order of its modules: ``"all"``; a slice such as
             ``"1::2"``; a number or a list of them; a name pattern such as ``"model.layers.1?.*"``; or a list of all
             these.
@@ -44,6 +51,8 @@ class UpcycleConfig:
     num_experts: int
     router: Callable[[int, int], Router] = TopKRouter
     init: ExpertInit | None = None
+    num_shared_experts: int = 0
+    capacity_factor: float | None = None
     layers: str | int | Sequence[int | str] = "all"
     family: FFNFamily | None = None
     seed: int | None = None
@@ -51,6 +60,12 @@ class UpcycleConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.num_experts, int) or self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts!r}: wanted a whole number of experts, 1 or more.")
+        if not isinstance(self.num_shared_experts, int) or self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts={self.num_shared_experts!r}: wanted a whole number, 0 or more.")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor!r}: wanted a number > 0, as 1.25, or None for no limit."
+            )
         if self.family is not None and not isinstance(self.family, FFNFamily):
             raise TypeError(f'family={self.family!r}: wanted FFNFamily(up="w_in", activation="act", down="w_out").')
         if isinstance(self.router, Router) or not callable(self.router):
@@ -67,8 +82,9 @@ class Receipt:
     Args:
         layers: names of the modules that were replaced.
         kept: names of the dense FFNs that were left.
-        num_experts: experts per layer.
-        experts_per_token: experts that compute for one token.
+        num_experts: experts per layer, shared ones left out.
+        experts_per_token: experts that compute for one token, shared ones left out.
+        num_shared_experts: experts that compute for every token.
         parameters: total before and after.
         active_parameters: parameters that compute for one token, before and after.
         preserved: whether step 0 computes exactly the dense model.
@@ -81,6 +97,7 @@ class Receipt:
     kept: tuple[str, ...]
     num_experts: int
     experts_per_token: float
+    num_shared_experts: int
     parameters: tuple[int, int]
     active_parameters: tuple[int, int]
     preserved: bool
@@ -96,7 +113,8 @@ class Receipt:
         total, active = self.parameters, self.active_parameters
         lines = [
             f"Upcycled {len(self.layers)} of {len(self.layers) + len(self.kept)} FFNs to {self.num_experts} experts, "
-            f"{self.experts_per_token:g} per token.",
+            f"{self.experts_per_token:g} per token"
+            + (f", and {self.num_shared_experts} shared." if self.num_shared_experts else "."),
             f"  parameters   {_human(total[0])} -> {_human(total[1])}",
             f"  active       {_human(active[0])} -> {_human(active[1])} per token",
             f"  step 0       {'the dense model' if self.preserved else 'NOT the dense model'}: {self.reason}",
@@ -148,14 +166,16 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
     for context, watched in contexts:
         context.watch(watched)
     first = next(iter(layers.values()))
+    _warn_if_not_causal(model, first.router)
     after = _count(model.parameters())
     idle = sum(_idle(layer) for layer in layers.values())
-    preserved, reason = _step_zero(first.router, init)
+    preserved, reason = _step_zero(first.router, init, config)
     return Receipt(
         layers=tuple(chosen),
         kept=tuple(name for name in dense if name not in layers),
         num_experts=config.num_experts,
         experts_per_token=first.router.experts_per_token,
+        num_shared_experts=config.num_shared_experts,
         parameters=(before, after),
         active_parameters=(before, after - idle),
         preserved=preserved,
@@ -230,22 +250,48 @@ def _build_layer(name: str, dense: FFNWeights, config: UpcycleConfig, init: Expe
             f"router={config.router!r} made a {type(router).__name__}, not a Router. Pass a Router class or a callable "
             "(hidden_size, num_experts) -> Router."
         )
-    weight = dense.up
-    experts = Experts(
-        config.num_experts,
+    experts = _build_experts(config.num_experts, dense)
+    init(experts, dense, generator)
+    shared = None
+    if config.num_shared_experts:
+        shared = _build_experts(config.num_shared_experts, dense)
+        CopyInit()(shared, dense, generator)
+    for part in (experts, shared):
+        _divide_output(part, config.num_shared_experts + (1.0 if router.weights_sum is None else router.weights_sum))
+    layer = MoELayer(
+        router.to(dense.up.device, dense.up.dtype),
+        experts,
+        shared_experts=shared,
+        capacity_factor=config.capacity_factor,
+        dropout=dense.dropout,
+        name=name,
+    )
+    for part in (experts, shared):
+        if part is not None:
+            part.requires_grad_(any(source.requires_grad for _, source in dense.sources))
+    return layer
+
+
+def _build_experts(num_experts: int, dense: FFNWeights) -> Experts:
+    return Experts(
+        num_experts,
         dense.hidden_size,
         dense.expert_size,
         activation=dense.activation,
         gated=dense.gate is not None,
         up_bias=dense.up_bias is not None,
         down_bias=dense.down_bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=dense.up.device,
+        dtype=dense.up.dtype,
     )
-    init(experts, dense, generator)
-    layer = MoELayer(router.to(weight.device, weight.dtype), experts, dropout=dense.dropout, name=name)
-    experts.requires_grad_(any(source.requires_grad for _, source in dense.sources))
-    return layer
+
+
+@torch.no_grad()
+def _divide_output(experts: Experts | None, divisor: float) -> None:
+    if experts is not None and divisor != 1:
+        experts.down_proj.div_(divisor)
+        if experts.down_proj_bias is not None:
+            experts.down_proj_bias.div_(divisor)
 
 
 def _layer_seed(seed: int, name: str) -> int:
@@ -256,15 +302,19 @@ def _layer_seed(seed: int, name: str) -> int:
 def _share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tuple[TokenContext, nn.Module]]:
     # Each layer listens to the innermost text model around it: in a vision-language model the vision tower has no
     # token ids, and its patches must not meet the text's padding mask.
-    contexts: dict[str, TokenContext] = {}
+    contexts: dict[str | None, TokenContext] = {}
+    members: dict[str | None, list[MoELayer]] = {}
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         parts = name.split(".")
         ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
         home = next((path for path in ancestors if takes_tokens(modules[path])), None)
-        if home is not None:
-            layer.context = contexts.setdefault(home, TokenContext())
-    return [(context, modules[path]) for path, context in contexts.items()]
+        layer.context = contexts.setdefault(home, TokenContext())
+        members.setdefault(home, []).append(layer)
+    for group in members.values():
+        for position, layer in enumerate(group):
+            layer.position, layer.is_last = position, layer is group[-1]
+    return [(context, modules[path]) for path, context in contexts.items() if path is not None]
 
 
 def _replace(model: nn.Module, name: str, layer: MoELayer) -> None:
@@ -280,15 +330,44 @@ def _replace(model: nn.Module, name: str, layer: MoELayer) -> None:
                 setattr(parent, child_name, layer)
 
 
-def _step_zero(router: Router, init: ExpertInit) -> tuple[bool, str]:
+def _step_zero(router: Router, init: ExpertInit, config: UpcycleConfig) -> tuple[bool, str]:
     if not init.copies_dense:
         return False, f"{type(init).__name__} changes the experts."
-    if not router.weights_sum_to_one:
+    if router.weights_sum is None:
         return False, (
-            f"the experts are copies, but the weights of {type(router).__name__} do not sum to one, so each FFN's "
-            "output is scaled by their sum."
+            f"the experts are copies, but the weights of {type(router).__name__} do not sum to one, nor to the "
+            "same for every token, so each FFN's output is scaled by their sum."
+        )
+    if config.capacity_factor is not None:
+        return False, (
+            f"the experts are copies, but with capacity_factor={config.capacity_factor:g} tokens are dropped in "
+            "training; in evaluation it is the dense model."
+        )
+    if config.num_shared_experts or router.weights_sum != 1:
+        return True, (
+            f"every expert, shared or routed, is a copy divided by {config.num_shared_experts + router.weights_sum:g}, "
+            "which is what the weights sum to."
         )
     return True, f"every expert is a copy and the weights of {type(router).__name__} sum to one."
+
+
+def _warn_if_not_causal(model: nn.Module, router: Router) -> None:
+    if router.causal or not any(_generates(module) for module in model.modules()):
+        return
+    warnings.warn(
+        f"{type(router).__name__} lets a token's routing depend on later tokens (causal = False), and "
+        f"{type(model).__name__} is a causal language model: in training it sees a little of what it is to predict, "
+        "and generating token by token differs from training. LossFreeRouter keeps the load even and is causal.",
+        MoEWarning,
+        stacklevel=3,
+    )
+
+
+def _generates(module: nn.Module) -> bool:
+    # a causal language model of transformers
+    can_generate = getattr(module, "can_generate", None)
+    is_encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return callable(can_generate) and bool(can_generate()) and not is_encoder_decoder
 
 
 def _human(number: int) -> str:

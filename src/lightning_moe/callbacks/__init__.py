@@ -1,7 +1,8 @@
 """Callbacks for any Trainer."""
 
 from lightning_moe.callbacks.balancing import BalanceLossCallback
+from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.upcycle import MoEUpcycleCallback
 
-__all__ = ["BalanceLossCallback", "ExpertUtilizationCallback", "MoEUpcycleCallback"]
+__all__ = ["BalanceLossCallback", "ExpertBiasCallback", "ExpertUtilizationCallback", "MoEUpcycleCallback"]

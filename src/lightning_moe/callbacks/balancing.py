@@ -1,14 +1,17 @@
 """Trains with balance losses, in any Trainer."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_moe.callbacks.base import require_moe_layers, set_loss_scale
 from lightning_moe.layer import MoELayer
-from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from lightning_moe.losses import BalanceLoss, LoadBalancingLoss
 
 
 class BalanceLossCallback(Callback):
@@ -19,11 +22,13 @@ class BalanceLossCallback(Callback):
     and what it logs, stays as it is; the balance losses are logged beside it by `ExpertUtilizationCallback`.
 
     Args:
-        losses: which losses, with their coefficients; each applies to each layer.
+        losses: which losses, with their coefficients; each applies to each layer, with a state of its own there if it
+            has any. None takes those of each layer's router, see `Router.balance_losses`.
         manual_accumulation: in manual optimisation, the number by which the module divides its loss before
             ``manual_backward``; it cannot be seen from outside.
 
     Example:
+        >>> from lightning_moe import ZLoss
         >>> BalanceLossCallback([LoadBalancingLoss(0.01), ZLoss(0.001)]).manual_accumulation
         1
     """
@@ -31,27 +36,60 @@ class BalanceLossCallback(Callback):
     def __init__(
         self, losses: Sequence[BalanceLoss] | BalanceLoss | None = None, *, manual_accumulation: int = 1
     ) -> None:
-        if losses is None:
-            losses = (LoadBalancingLoss(), ZLoss())
         if manual_accumulation < 1:
             raise ValueError(f"manual_accumulation={manual_accumulation}: wanted the divisor of the loss, 1 or more.")
-        self.losses = (losses,) if isinstance(losses, BalanceLoss) else tuple(losses)
+        self.losses: tuple[BalanceLoss, ...] | None = None
+        if losses is not None:
+            self.losses = (losses,) if isinstance(losses, BalanceLoss) else tuple(losses)
         self.manual_accumulation = manual_accumulation
-        self._layers: list[MoELayer] = []
-        names = [loss.name for loss in self.losses]
+        self._layers: dict[str, MoELayer] = {}
+        self._attached: dict[str, list[BalanceLoss]] = {}
+        self._restored: dict[str, dict[str, Tensor]] | None = None
+        names = [loss.name for loss in self.losses or ()]
         if len(set(names)) != len(names):
             raise ValueError(f"losses: {names} names a loss twice; give each once, with its whole coefficient.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the losses to the layers."""
-        self._layers = list(require_moe_layers(self, pl_module).values())
-        for layer in self._layers:
-            for loss in self.losses:
+        self._layers = require_moe_layers(self, pl_module)
+        window = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.manual_accumulation
+        shared: dict[str, BalanceLoss] = {}
+        for name, layer in self._layers.items():
+            losses = layer.router.balance_losses() if self.losses is None else self.losses
+            # a copy, unless one object is to serve all layers: a loss may keep a state of its layer
+            attached = [
+                shared.setdefault(loss.name, copy.deepcopy(loss)) if loss.shared else copy.deepcopy(loss)
+                for loss in losses
+            ]
+            for loss in attached:
+                if isinstance(loss, LoadBalancingLoss):
+                    loss.window = window
                 layer.balance_losses[loss.name] = loss
+            self._attached[name] = attached
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the losses the state that a checkpoint holds."""
+        for key, loss in self._by_key():
+            if self._restored and key in self._restored:
+                loss.load_training_state(self._restored[key])
+        self._restored = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Tells the layers what to scale the injected gradient by."""
-        set_loss_scale(trainer, pl_module, self._layers, loss, self.manual_accumulation)
+        set_loss_scale(trainer, pl_module, list(self._layers.values()), loss, self.manual_accumulation)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Lets the losses adapt, once per optimizer step."""
+        for loss in {id(loss): loss for _, loss in self._by_key()}.values():
+            loss.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the losses have learnt."""
+        return {"losses": {key: state for key, loss in self._by_key() if (state := loss.training_state())}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps it until the losses are attached."""
+        self._restored = state_dict.get("losses")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Does what `teardown` does, which Lightning does not call after an exception."""
@@ -59,9 +97,14 @@ class BalanceLossCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the losses off the layers again, so that the model is used without this callback as it was."""
-        for layer in self._layers:
-            for loss in self.losses:
+        for name, layer in self._layers.items():
+            for loss in self._attached.get(name, []):
                 if loss.name in layer.balance_losses:
                     del layer.balance_losses[loss.name]
             layer.loss_scale = torch.ones_like(layer.loss_scale)
-        self._layers = []
+        self._layers, self._attached = {}, {}
+
+    def _by_key(self) -> Iterator[tuple[str, BalanceLoss]]:
+        for name, losses in self._attached.items():
+            for loss in losses:
+                yield f"{name}/{loss.name}", loss

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_state, uses_deepspeed
+from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.ffn import find_ffns
 from lightning_moe.layer import moe_layers
@@ -27,13 +28,13 @@ class MoEUpcycleCallback(Callback):
 
     Adding this one callback to an existing Trainer is enough. The model may be built in ``__init__`` or in
     ``configure_model``; the callback serves ``fit`` (also from a checkpoint), ``validate``, ``test`` and ``predict``. A
-    module that is upcycled already is left alone. It brings a `BalanceLossCallback` and an `ExpertUtilizationCallback`
-    with it, unless the Trainer has its own.
+    module that is upcycled already is left alone. It brings a `BalanceLossCallback`, an `ExpertBiasCallback` and an
+    `ExpertUtilizationCallback` with it, unless the Trainer has its own.
 
     Args:
         config: what to make of the model.
-        balance_losses: losses to train with, each with its coefficient; True takes ``LoadBalancingLoss(0.01)`` and
-            ``ZLoss(0.001)``, False none.
+        balance_losses: losses to train with, each with its coefficient; True takes those of the router's paper (see
+            `Router.balance_losses`; mostly ``LoadBalancingLoss(0.01)`` and ``ZLoss(0.001)``), False none.
         log_utilization: whether to log how the experts are used.
         module: attribute path of the part of the LightningModule to upcycle, as ``"model.language_model"``; None takes
             all of it.
@@ -144,6 +145,8 @@ class MoEUpcycleCallback(Callback):
         wanted: list[Callback] = []
         if self.balance_losses and not _has(trainer, BalanceLossCallback):
             wanted.append(BalanceLossCallback(None if self.balance_losses is True else self.balance_losses))
+        if not _has(trainer, ExpertBiasCallback):
+            wanted.append(ExpertBiasCallback(warn=False))
         if self.log_utilization and not _has(trainer, ExpertUtilizationCallback):
             wanted.append(ExpertUtilizationCallback())
         place = callbacks_of(trainer).index(self) + 1
@@ -209,11 +212,14 @@ def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:
     # which MoE parameters follow one dense parameter; the router goes where the up projection was
     name, canonical = place.split("/")
     layer = layers[name]
-    experts = layer.experts
-    if canonical.startswith("down"):
-        found = [experts.down_proj_bias if canonical.endswith("bias") else experts.down_proj]
-    else:
-        found = [experts.first_proj_bias if canonical.endswith("bias") else experts.first_proj]
+    found = []
+    for experts in (layer.experts, layer.shared_experts):
+        if experts is None:
+            continue
+        if canonical.startswith("down"):
+            found.append(experts.down_proj_bias if canonical.endswith("bias") else experts.down_proj)
+        else:
+            found.append(experts.first_proj_bias if canonical.endswith("bias") else experts.first_proj)
     if canonical == "up":
         found += list(layer.router.parameters())
     return [p for p in found if p is not None and p.requires_grad]

@@ -2,14 +2,19 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.routing import Routing, Tokens
+from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from lightning_moe.routing import Routing
+from lightning_moe.tokens import Tokens
+
+Normalize = bool | Literal["straight_through"]
 
 
 class Router(nn.Module, ABC):
@@ -27,7 +32,19 @@ class Router(nn.Module, ABC):
     """Changing token t never changes the routing of a token before t."""
 
     static_shapes: ClassVar[bool] = True
-    """The number of assignments N depends on the number of tokens only."""
+    """N depends on the number of tokens only, and nothing waits for the device: ``torch.compile`` makes one graph."""
+
+    learned: ClassVar[bool] = True
+    """The task loss trains the router."""
+
+    uses_token_ids: ClassVar[bool] = False
+    """Routes by the token ids, which must reach it."""
+
+    uses_previous_logits: ClassVar[bool] = False
+    """Builds on the logits of the MoE layer before."""
+
+    adapts_to_load: ClassVar[bool] = False
+    """Is told the load of each optimizer step, see `adapt`."""
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:
         super().__init__()
@@ -44,6 +61,31 @@ class Router(nn.Module, ABC):
     def experts_per_token(self) -> float:
         """Experts that compute for one token, on average: what counts as active."""
 
+    @property
+    def weights_sum(self) -> float | None:
+        """What each token's weights sum to, where that is the same for all; None where it is not."""
+        return 1.0 if self.weights_sum_to_one else None
+
+    def balance_losses(self) -> list[BalanceLoss]:
+        """The losses that this router's paper trains it with; `MoEUpcycleCallback` takes them if not told otherwise."""
+        return [LoadBalancingLoss(), ZLoss()]
+
+    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+        """Adapts what no gradient trains. Called once after each optimizer step, where ``adapts_to_load``.
+
+        Args:
+            load: assignments per choice, over all ranks and accumulated micro-batches, padding left out.
+        """
+
+    def zero_computation(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"] | None:
+        """What the choices that are no FFN add to the output; None if they add nothing."""
+        return None
+
+    def gate_rows(self) -> Float[Tensor, "choices _"] | None:
+        """The vectors that tokens are compared with, one per choice; None if the router has none."""
+        gate = getattr(self, "gate", None)
+        return gate if isinstance(gate, Tensor) and gate.dim() == 2 else None
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "T D"], tokens: Tokens | None = None) -> Routing:
         """Routes T tokens.
@@ -55,6 +97,55 @@ class Router(nn.Module, ABC):
         Returns:
             N assignments; ``token_mask`` is that of ``tokens``.
         """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        # Buffers (expert biases, tables) stay as exact as they were, whatever dtype the model is cast to: a bias in
+        # bfloat16 would swallow its own updates.
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class TokenChoiceRouter(Router):
+    """A router whose tokens choose K experts each, with weights that may be normalised: what most are.
+
+    Args:
+        hidden_size: width D of the incoming hidden states.
+        num_experts: number of experts E.
+        top_k: experts per token K, 1 <= K <= E.
+        normalize: whether a token's weights sum to one, see `unit_sum`.
+
+    Raises:
+        ValueError: if ``top_k`` exceeds ``num_experts``, or if ``top_k=1`` with ``normalize=True`` (the only weight is
+            then always 1 and the router gets no gradient from the task).
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalize: Normalize) -> None:
+        super().__init__(hidden_size, num_experts)
+        check_top_k(top_k, num_experts)
+        check_choice("normalize", normalize, (True, False, "straight_through"))
+        if top_k == 1 and normalize is True:
+            raise ValueError(
+                "top_k=1 with normalize=True: the one weight is always 1, so the router would get no gradient from the "
+                'task and never train. Set normalize="straight_through", normalize=False (Switch Transformer) or '
+                "top_k=2."
+            )
+        self.top_k = top_k
+        self.normalize = normalize
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """True with ``normalize``."""
+        return bool(self.normalize)
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
 
 
 def init_arguments(module: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -84,6 +175,66 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         )
 
 
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises if ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}.")
+
+
+def check_not_negative(**numbers: int | float) -> None:
+    """Raises if one of the numbers, given under its argument's name, is below 0."""
+    for name, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: wanted a number >= 0.")
+
+
+def check_positive(**numbers: int | float) -> None:
+    """Raises if one of the numbers, given under its argument's name, is not above 0."""
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ValueError(f"{name}={value}: wanted a number > 0.")
+
+
+def unit_sum(weights: Float[Tensor, "T K"], normalize: Normalize) -> Float[Tensor, "T K"]:
+    """Makes each token's weights sum to one, if so wanted.
+
+    With True, ``w / sum(w)``. With ``"straight_through"`` the same numbers, but the gradient goes to ``w`` as if there
+    were no division. Identical experts then compute exactly the dense FFN and the router still gets a gradient, where
+    that of a true division is zero: as the experts are equal, nothing depends on how the weights are shared out.
+
+    Args:
+        weights: not negative.
+        normalize: whether, and how.
+
+    Example:
+        >>> weights = torch.tensor([[0.1, 0.3]], requires_grad=True)
+        >>> unit_sum(weights, "straight_through").sum().backward()
+        >>> unit_sum(weights, "straight_through").detach(), weights.grad
+        (tensor([[0.2500, 0.7500]]), tensor([[1., 1.]]))
+    """
+    if not normalize:
+        return weights
+    # not 0 / 0, where all scores of a sigmoid or a ReLU vanish
+    divided = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return straight_through(divided, weights) if normalize == "straight_through" else divided
+
+
+def straight_through(value: Float[Tensor, "*S"], surrogate: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Returns ``value``, exactly, with the gradient of ``surrogate``."""
+    return _StraightThrough.apply(value, surrogate)  # type: ignore[no-any-return]
+
+
+class _StraightThrough(torch.autograd.Function):
+    # surrogate + (value - surrogate).detach() is no exact value in floating point
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
 def top_k_assignment(scores: Float[Tensor, "T E"], top_k: int) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
     """Chooses the ``top_k`` experts of highest score for each token.
 
@@ -95,5 +246,91 @@ def top_k_assignment(scores: Float[Tensor, "T E"], top_k: int) -> tuple[Int[Tens
         ``token_ids`` and ``expert_ids`` of the N = T·K assignments, row ``t * K + j`` being the j-th best of token t.
     """
     expert_ids = scores.topk(top_k, dim=-1).indices  # (T, K)
-    token_ids = torch.arange(scores.shape[0], device=scores.device).repeat_interleave(top_k)
-    return token_ids, expert_ids.reshape(-1)
+    return _regular_token_ids(expert_ids), expert_ids.reshape(-1)
+
+
+def _regular_token_ids(expert_ids: Int[Tensor, "T K"]) -> Int[Tensor, " N"]:
+    return torch.arange(expert_ids.shape[0], device=expert_ids.device).repeat_interleave(expert_ids.shape[1])
+
+
+def token_choice(
+    logits: Float[Tensor, "T choices"],
+    scores: Float[Tensor, "T choices"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    tokens: Tokens | None,
+) -> Routing:
+    """Makes the `Routing` of tokens that each chose K experts.
+
+    Args:
+        logits: output of the gate.
+        scores: what became of the logits.
+        expert_ids: each token's experts.
+        weights: their combine weights.
+        tokens: what the router was told of the tokens.
+    """
+    return Routing(
+        token_ids=_regular_token_ids(expert_ids),
+        expert_ids=expert_ids.reshape(-1),
+        weights=weights.reshape(-1),
+        logits=logits,
+        scores=scores,
+        token_mask=None if tokens is None else tokens.mask,
+        top_k=expert_ids.shape[1],
+    )
+
+
+def variable_choice(
+    logits: Float[Tensor, "T choices"],
+    scores: Float[Tensor, "T choices"],
+    weights: Float[Tensor, "T E"],
+    chosen: Bool[Tensor, "T E"],
+    tokens: Tokens | None,
+) -> Routing:
+    """Makes the `Routing` of tokens that each chose any number of experts; counting them waits for the device.
+
+    Args:
+        logits: output of the gate.
+        scores: what became of the logits.
+        weights: combine weight of each expert for each token, were it chosen.
+        chosen: who was.
+        tokens: what the router was told of the tokens.
+    """
+    token_ids, expert_ids = chosen.nonzero(as_tuple=True)
+    flat = weights.reshape(-1).index_select(0, token_ids * weights.shape[1] + expert_ids)
+    mask = None if tokens is None else tokens.mask
+    return Routing(token_ids, expert_ids, flat, logits, scores, mask)
+
+
+def softmax_top_k(logits: Float[Tensor, "T E"], top_k: int, normalize: Normalize, tokens: Tokens | None) -> Routing:
+    """Sends each token to the ``top_k`` experts of highest logit; weights are the chosen softmax scores.
+
+    Args:
+        logits: output of the gate.
+        top_k: K.
+        normalize: see `unit_sum`.
+        tokens: what the router was told of the tokens.
+    """
+    scores = F.softmax(logits, dim=-1)
+    expert_ids = logits.topk(top_k, dim=-1).indices
+    return token_choice(logits, scores, expert_ids, unit_sum(scores.gather(1, expert_ids), normalize), tokens)
+
+
+def cosine_similarity(
+    x: Float[Tensor, "T D"],
+    projection: Float[Tensor, "P D"],
+    embeddings: Float[Tensor, "E P"],
+    offset: float = 0.0,
+) -> Float[Tensor, "T E"]:
+    """Compares projected hidden states with the experts' embeddings, in float32 or better.
+
+    ``<P x, e> / ((|P x| + offset) (|e| + offset))``, from -1 to 1; 0 where a norm is 0.
+    """
+    projected, directions = gate_logits(x, projection), embeddings.to(torch.promote_types(x.dtype, torch.float32))
+    return gate_logits(_scaled(projected, offset), _scaled(directions, offset))
+
+
+def _scaled(vectors: Float[Tensor, "R P"], offset: float) -> Float[Tensor, "R P"]:
+    # without the floor the gradient at a vector of zeros is nan
+    norms = vectors.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return vectors / (norms + offset)
