@@ -125,8 +125,9 @@ class MoEPlusPlusRouter(Router):
     def forward(self, x: Float[Tensor, "T D"], tokens: Tokens | None = None) -> Routing:
         """Routes each token to its K best experts of all kinds; N = T·K, in token order."""
         logits = gate_logits(x, self.gate)
-        if tokens is not None and tokens.previous_logits is not None:
-            logits = logits + gate_logits(tokens.previous_logits, self.residual_gate)
+        before = None if tokens is None else tokens.previous_logits
+        # zeros and not nothing: a parameter without a gradient stops DistributedDataParallel
+        logits = logits + gate_logits(torch.zeros_like(logits) if before is None else before, self.residual_gate)
         scores = F.softmax(logits, dim=-1)
         expert_ids = logits.topk(self.top_k, dim=-1).indices
         is_zero = (expert_ids >= self.num_experts) & (expert_ids < self.num_experts + self.num_zero_experts)
