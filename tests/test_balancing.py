@@ -208,6 +208,17 @@ def test_the_multiplier_is_in_the_checkpoint(tmp_path):
     assert run(7, tmp_path / "7.ckpt") == pytest.approx(1.2**7, rel=1e-5)
 
 
+def test_the_multiplier_is_in_a_checkpoint_written_after_the_run(tmp_path):
+    config = UpcycleConfig(num_experts=E, router=functools.partial(ReMoERouter, top_k=1, init_std=0.5), seed=3)
+    path, look = tmp_path / "after.ckpt", Look("adaptive_l1_loss")
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(config)], max_epochs=1)
+    trainer.fit(ForeignModule(lr=0.0), loader(batches(4)))
+    trainer.save_checkpoint(path)
+    resumed = trainer_of(tmp_path, [MoEUpcycleCallback(config), look], max_epochs=2)
+    resumed.fit(ForeignModule(lr=0.0), loader(batches(4)), ckpt_path=path)
+    assert look.losses[0].multiplier.item() == pytest.approx(1.2**8, rel=1e-5)
+
+
 class Look(Callback):
     """Keeps a loss of every layer at the end of training, before the losses are taken off."""
 

@@ -64,6 +64,7 @@ class MoEUpcycleCallback(Callback):
         self.receipt: Receipt | None = None
         self._sources: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
         self._parts: list[Callback] = []
+        self._parts_state: dict[str, Any] = {}
         self._random_state: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -113,11 +114,15 @@ class MoEUpcycleCallback(Callback):
 
         With it, dropout and router noise go on as if the run had never stopped. Of several ranks it is that of rank 0.
         """
-        return {"random_state": random_state()}
+        # the parts that this callback brought save their own state, but after the run they are gone from the Trainer
+        return {"random_state": random_state(), "parts": {} if self._parts else self._parts_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the saved state until the first batch."""
         self._random_state = state_dict.get("random_state")
+        for part in self._parts:
+            if state := state_dict.get("parts", {}).get(type(part).__name__):
+                part.load_state_dict(state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restores the random state in the middle of an epoch, after all that setting up a run draws."""
@@ -134,6 +139,8 @@ class MoEUpcycleCallback(Callback):
         """Gives the module its own methods back and takes the parts out of the Trainer."""
         for name in ("configure_model", "configure_optimizers"):
             _restore(pl_module, name)
+        if self._parts:
+            self._parts_state = {type(part).__name__: part.state_dict() for part in self._parts}
         for part in self._parts:
             part.teardown(trainer, pl_module, stage)
             if part in callbacks_of(trainer):

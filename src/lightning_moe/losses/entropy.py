@@ -28,6 +28,11 @@ class TokenEntropyLoss(BalanceLoss):
 
     Args:
         coefficient: factor before the loss; 1e-4 in the paper.
+
+    Example:
+        >>> equal = torch.full((2, 4), 0.25)
+        >>> TokenEntropyLoss()(Routing(torch.arange(2), torch.arange(2), torch.ones(2), equal, equal))
+        tensor(1.)
     """
 
     name = "token_entropy_loss"
@@ -54,6 +59,14 @@ class MutualInformationLoss(BalanceLoss):
     Args:
         coefficient: factor before the loss; 1e-3 in sigma-MoE.
         token_weight: how much a sure choice of each token counts, from 0 to 1.
+
+    Raises:
+        ValueError: if ``token_weight`` is not from 0 to 1.
+
+    Example:
+        >>> sure = torch.eye(2)
+        >>> MutualInformationLoss()(Routing(torch.arange(2), torch.arange(2), torch.ones(2), sure, sure))
+        tensor(0.)
     """
 
     name = "mutual_information_loss"

@@ -24,6 +24,11 @@ class ImportanceLoss(BalanceLoss):
 
     Args:
         coefficient: factor before the loss; 0.1 in the paper.
+
+    Example:
+        >>> scores = torch.eye(2)
+        >>> ImportanceLoss()(Routing(torch.arange(2), torch.tensor([0, 0]), torch.ones(2), scores, scores))
+        tensor(2.)
     """
 
     name = "importance_loss"
@@ -53,6 +58,12 @@ class LoadLoss(BalanceLoss):
 
     Raises:
         ValueError: at the first forward, if the router estimates no load.
+
+    Example:
+        >>> none = torch.zeros(0).long()
+        >>> routing = Routing(none, none, torch.zeros(0), *torch.zeros(2, 0, 2), expected_load=torch.tensor([3.0, 1.0]))
+        >>> LoadLoss()(routing)  # standard deviation 1, mean 2
+        tensor(1.2500)
     """
 
     name = "load_loss"

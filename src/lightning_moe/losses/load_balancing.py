@@ -127,7 +127,13 @@ class LoadBalancingLoss(BalanceLoss):
         scope: ``"sequence"``, ``"micro_batch"`` or ``"global_batch"``.
 
     Raises:
-        ValueError: if the scope is none of these.
+        ValueError: if the scope is none of these; at a forward, if the sequences are not known for ``"sequence"``.
+
+    Example:
+        >>> loss = LoadBalancingLoss(0.001, scope="global_batch")
+        >>> all_on_one = torch.eye(4)[:1].expand(3, 4)
+        >>> loss(Routing(torch.arange(3), torch.zeros(3).long(), torch.ones(3), all_on_one, all_on_one))
+        tensor(4.)
     """
 
     name = "load_balancing_loss"
@@ -184,6 +190,16 @@ class HeterogeneousLoadBalancingLoss(BalanceLoss):
         coefficient: factor before the loss; 1e-2 in the paper.
         zero_computation_weight: tau of the paper, in (0, 1]: the smaller, the more tokens go to the experts that
             compute nothing; 0.75 in the paper.
+
+    Raises:
+        ValueError: if ``zero_computation_weight`` is not in (0, 1].
+
+    Example:
+        >>> scores = torch.full((3, 2), 0.5)  # one FFN, and one expert that computes nothing and takes two of three
+        >>> ids = torch.tensor([0, 1, 1])
+        >>> routing = Routing(torch.arange(3), ids, torch.ones(3), scores, scores, num_ffn_experts=1)
+        >>> HeterogeneousLoadBalancingLoss(zero_computation_weight=0.5)(routing)
+        tensor(1.)
     """
 
     name = "heterogeneous_load_balancing_loss"

@@ -18,7 +18,15 @@ class ExpertOrthogonalityLoss(BalanceLoss):
     https://arxiv.org/abs/2505.22323. Differs from it: the mean and not the sum over tokens and pairs.
 
     Args:
-        coefficient: factor before the loss.
+        coefficient: factor before the loss; the default is ours.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> logits = torch.zeros(1, 2)
+        >>> routing = Routing(torch.zeros(2).long(), torch.arange(2), torch.ones(2), logits, logits, top_k=2)
+        >>> ExpertOrthogonalityLoss()(replace(routing, outputs=torch.stack([a, b])))
+        tensor(0.7500)
     """
 
     name = "expert_orthogonality_loss"
@@ -70,10 +78,16 @@ class RouterOrthogonalityLoss(BalanceLoss):
     https://arxiv.org/abs/2506.14038.
 
     Args:
-        coefficient: factor before the loss.
+        coefficient: factor before the loss; the default is ours.
 
     Raises:
         ValueError: at the first forward, if the router has no rows.
+
+    Example:
+        >>> none = torch.zeros(0).long()
+        >>> routing = Routing(none, none, torch.zeros(0), *torch.zeros(2, 0, 2), gate=torch.tensor([[1.0, 1], [0, 1]]))
+        >>> RouterOrthogonalityLoss()(routing)  # W W^T is [[2, 1], [1, 1]]
+        tensor(3.)
     """
 
     name = "router_orthogonality_loss"

@@ -27,6 +27,13 @@ class AdaptiveL1Loss(BalanceLoss):
 
     Raises:
         ValueError: if ``top_k`` is below 1, or ``rate`` not above 1.
+
+    Example:
+        >>> loss, scores = AdaptiveL1Loss(top_k=1), torch.ones(1, 2)
+        >>> _ = loss(Routing(torch.zeros(2).long(), torch.arange(2), torch.ones(2), scores, scores))
+        >>> loss.step()  # two experts are on, one was wanted
+        >>> loss.multiplier
+        tensor(1.2000)
     """
 
     name = "adaptive_l1_loss"
@@ -91,6 +98,12 @@ class NullRewardLoss(BalanceLoss):
 
     Raises:
         ValueError: at the first forward, if every choice of the router computes an FFN.
+
+    Example:
+        >>> scores = torch.tensor([[0.75, 0.25]])
+        >>> one = torch.ones(1).long()
+        >>> NullRewardLoss()(Routing(one - 1, one, torch.ones(1), scores, scores, num_ffn_experts=1))
+        tensor(0.7500)
     """
 
     name = "null_reward_loss"

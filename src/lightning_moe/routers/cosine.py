@@ -43,7 +43,7 @@ class CosineRouter(TokenChoiceRouter):
 
     Example:
         >>> router = CosineRouter(hidden_size=8, num_experts=4, temperature=0.5)
-        >>> float(router(100 * torch.randn(6, 8)).logits.abs().max()) <= 2.0
+        >>> bool(router(100 * torch.randn(6, 8)).logits.abs().max() <= 2.0)
         True
     """
 

@@ -29,6 +29,9 @@ class DenseMixerRouter(TokenChoiceRouter):
     constant for the experts that were not chosen. For that, training computes every expert for every token; the experts
     themselves learn from the tokens that chose them.
 
+    Right after upcycling, when all experts are equal, the sum over all of them depends on the plain scores in nothing:
+    the router then learns with ``normalize=True`` only.
+
     In training the layer costs E / K times the FLOPs of its experts, in evaluation nothing more.
 
     Reference: Yao et al., *DenseMixer: Improving MoE Post-Training with Precise Router Gradient*, 2025,

@@ -46,8 +46,8 @@ class LossFreeRouter(TokenChoiceRouter):
         init_std: standard deviation of the gate's initial weights.
 
     Raises:
-        ValueError: if ``top_k`` exceeds ``num_experts`` or what the chosen groups hold, if the groups do not divide the
-            experts, or if a number is out of its range.
+        ValueError: if ``top_k`` exceeds ``num_experts`` or what the chosen groups hold, if ``top_k=1`` with
+            ``normalize=True``, if the groups do not divide the experts, or if a number is out of its range.
 
     Example:
         >>> router = LossFreeRouter(hidden_size=8, num_experts=4, bias_rate=0.1)

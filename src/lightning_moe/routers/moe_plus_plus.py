@@ -30,9 +30,9 @@ class MoEPlusPlusRouter(Router):
     ``chosen = top_k(scores)``. A zero expert's weight becomes 0, then the weights are divided by their sum. A copy
     expert gives x, a constant expert ``a1 * x + a2 * v`` with ``(a1, a2) = softmax(constant_gate x)`` and a learnt v.
 
-    A copy expert does not compute the dense FFN, so an upcycled model does not start as the dense one for the tokens
-    that choose it. Reentrant activation checkpointing cuts the gradient through ``logits_before``; the other kind
-    (``use_reentrant=False``) does not.
+    Zero, copy and constant experts do not compute the dense FFN, so an upcycled model does not start as the dense one
+    for the tokens that choose them. Reentrant activation checkpointing cuts the gradient through ``logits_before``; the
+    other kind (``use_reentrant=False``) does not.
 
     Reference: Jin et al., *MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts*, 2024,
     equations 3 to 6, https://arxiv.org/abs/2410.07348. Differs from it: the zero expert's weight is left out before

@@ -45,8 +45,8 @@ class TopKRouter(TokenChoiceRouter):
         init_std: standard deviation of the gate's initial weights.
 
     Raises:
-        ValueError: if ``top_k`` exceeds ``num_experts``, if ``top_k=1`` with ``normalize`` (the only weight is then
-            always 1 and the router gets no gradient from the task), or if a number is negative.
+        ValueError: if ``top_k`` exceeds ``num_experts``, if ``top_k=1`` with ``normalize=True`` (the only weight is
+            then always 1 and the router gets no gradient from the task), or if a number is negative.
 
     Example:
         >>> router = TopKRouter(hidden_size=8, num_experts=4, top_k=2)
