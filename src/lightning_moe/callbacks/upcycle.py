@@ -14,8 +14,9 @@ from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_state, uses_deepspeed
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
+from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.ffn import find_ffns
-from lightning_moe.layer import moe_layers
+from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.saving import moe_recipe
 from lightning_moe.upcycle import Receipt, UpcycleConfig, check_config, upcycle
@@ -66,6 +67,7 @@ class MoEUpcycleCallback(Callback):
         self._parts: list[Callback] = []
         self._parts_state: dict[str, Any] = {}
         self._random_state: dict[str, Any] | None = None
+        self._unchecked: dict[str, MoELayer] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
@@ -84,17 +86,20 @@ class MoEUpcycleCallback(Callback):
         if self._random_state is not None:
             # before the loader of a new epoch draws its order
             set_random_state(self._random_state)
-        for layer in moe_layers(pl_module).values():
+        self._unchecked = moe_layers(pl_module)
+        for layer in self._unchecked.values():
             # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
             layer.train()
         if uses_deepspeed(trainer):
-            return  # its optimizers hold flattened copies, made from the parameters that configure_optimizers named
+            # its optimizers hold flattened copies, made from the parameters that configure_optimizers named
+            self._unchecked = {}
+            return
         trained = {
             id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
         }
         forgotten = [
             f"{name}.{key}"
-            for name, layer in moe_layers(pl_module).items()
+            for name, layer in self._unchecked.items()
             for key, parameter in layer.named_parameters()
             if parameter.requires_grad and id(parameter) not in trained
         ]
@@ -104,6 +109,11 @@ class MoEUpcycleCallback(Callback):
                 f"{', ...' if len(forgotten) > 3 else ''}. Build the optimizer in configure_optimizers() from "
                 "self.parameters(), or set requires_grad=False on what shall stay as it is."
             )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Warns, at the first step only, of layers that the loss does not reach."""
+        if self._unchecked:
+            self._unchecked = check_reached(pl_module, self._unchecked, optimizer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the recipe of the MoE layers into the checkpoint, as plain Python."""
@@ -145,7 +155,7 @@ class MoEUpcycleCallback(Callback):
             part.teardown(trainer, pl_module, stage)
             if part in callbacks_of(trainer):
                 callbacks_of(trainer).remove(part)
-        self._parts = []
+        self._parts, self._unchecked = [], {}
 
     def _add_parts(self, trainer: Trainer) -> None:
         # Right behind this callback, so that their setup and every later hook run as if the user had listed them.

@@ -22,8 +22,8 @@ class BASERouter(TokenChoiceRouter):
     """Assigns each token to one expert such that the load is even and the sum of the logits is the largest possible.
 
     In training ``assignment = argmax sum_t logits[t, assignment[t]]`` with at most ``ceil(T / E)`` tokens per expert,
-    found by an auction that is off the optimum by at most ``tolerance`` per token; in evaluation each token takes its
-    best expert. The weight is ``sigmoid(logit)``.
+    found by an auction that is off the optimum by at most ``tolerance`` times the spread of the logits, per token; in
+    evaluation each token takes its best expert. The weight is ``sigmoid(logit)``.
 
     Which expert a token gets in training depends on all tokens of the batch, later ones included. In a causal language
     model that lets a little of the future leak; the causal alternative with an even load is `LossFreeRouter`.
@@ -61,6 +61,11 @@ class BASERouter(TokenChoiceRouter):
         tolerance: float = 1e-2,
         init_std: float = 0.02,
     ) -> None:
+        if normalize is True:
+            raise ValueError(
+                "normalize=True: a token has one expert, whose weight would always be 1, and the router would never "
+                'train. Set normalize=False, as the paper, or normalize="straight_through".'
+            )
         super().__init__(hidden_size, num_experts, 1, normalize)
         check_positive(tolerance=tolerance)
         check_not_negative(init_std=init_std)
@@ -95,7 +100,7 @@ def assign_evenly(values: Float[Tensor, "T E"], tolerance: float) -> Int[Tensor,
     falls short of the best by at most T times the least raise.
 
     Args:
-        values: what each column is worth to each row.
+        values: what each column is worth to each row; one that is not finite counts as 0.
         tolerance: the least raise, as a fraction of the spread of the values.
 
     Example:
@@ -106,9 +111,11 @@ def assign_evenly(values: Float[Tensor, "T E"], tolerance: float) -> Int[Tensor,
     if num_rows == 0 or num_columns == 1:
         return torch.zeros(num_rows, dtype=torch.int64, device=values.device)
     places = -(-num_rows // num_columns)
-    values = values.double()
+    # a nan would be bid for without end, and so would equal values so large that a least raise is lost beside them
+    values = values.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    values = values - values.min()
     # equal values would otherwise be raised by nothing, for ever
-    least_raise = ((values.max() - values.min()) * tolerance).clamp(min=1e-9)
+    least_raise = (values.max() * tolerance).clamp(min=1e-9)
     prices = values.new_zeros(num_columns)
     bids = values.new_full((num_columns, num_rows), float("-inf"))
     waiting = torch.arange(num_rows, device=values.device)

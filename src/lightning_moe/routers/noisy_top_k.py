@@ -27,7 +27,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
     experts until the gate has learnt something.
 
     Reference: Shazeer et al., *Outrageously Large Neural Networks*, 2017, equations 3 to 5 and 8 to 10,
-    https://arxiv.org/abs/1701.06538.
+    https://arxiv.org/abs/1701.06538. Differs from it: the 0.01, the least standard deviation, is the authors' code's.
 
     Args:
         hidden_size: width D of the incoming hidden states.
@@ -46,6 +46,11 @@ class NoisyTopKRouter(TokenChoiceRouter):
     """
 
     def __init__(self, hidden_size: int, num_experts: int, *, top_k: int = 2, init_std: float = 0.0) -> None:
+        if top_k == 1:
+            raise ValueError(
+                "top_k=1: the softmax over one logit is always 1, so the router would get no gradient from the task. "
+                "Set top_k to 2 or more."
+            )
         super().__init__(hidden_size, num_experts, top_k, True)
         check_not_negative(init_std=init_std)
         self.init_std = init_std

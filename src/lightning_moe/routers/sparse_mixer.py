@@ -29,7 +29,7 @@ class SparseMixerRouter(Router):
     0.75 divided by three; the gradient is that of p, undivided: together an estimate, of third order, of the gradient
     that the sampling itself has.
 
-    A token's K weights sum to something between 1 / 3 and K, so an upcycled model does not start as the dense one.
+    A token's K weights sum to something above 0 and up to K, so an upcycled model does not start as the dense one.
 
     Reference: Liu et al., *GRIN: GRadient-INformed MoE*, 2024, section 2, https://arxiv.org/abs/2409.12136, as in
     Phi-3.5-MoE.

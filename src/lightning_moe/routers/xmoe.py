@@ -24,8 +24,9 @@ class XMoERouter(TokenChoiceRouter):
 
     Reference: Chi et al., *On the Representation Collapse of Sparse Mixture of Experts*, 2022, equations 4 to 6,
     https://arxiv.org/abs/2204.09179. Differs from it: the paper sends each token to one expert with its raw score
-    (``top_k=1, normalize=False``), and its code keeps the embeddings' norms below a bound by writing into the
-    parameter, where here they are divided away. Its balance loss keeps the initial tau; ours follows the learnt one.
+    (``top_k=1, normalize=False``), and its code sets the embeddings' norms to 1.5 by writing into the parameter and
+    keeps the token's norm; here both are divided away, as in the paper. Its balance loss keeps the initial tau; ours
+    follows the learnt one.
 
     Args:
         hidden_size: width D of the incoming hidden states.
