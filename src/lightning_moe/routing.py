@@ -143,8 +143,9 @@ def choice_load(routing: Routing) -> Float[Tensor, " choices"]:
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     """Drops the assignments beyond each expert's capacity of ``ceil(capacity_factor * N / E)`` tokens.
 
-    N is the number of assignments of real tokens. The first come are kept, in the order of the tokens, so that no token
-    depends on a later one; padding takes no place. A dropped assignment adds nothing to its token's output.
+    N is the number of assignments of real tokens. The first come are kept, in the order of the rows: of a router that
+    gives every token the same number of experts no token depends on a later one. Padding takes no place. A dropped
+    assignment adds nothing to its token's output.
 
     Reference: Fedus et al., *Switch Transformers*, 2021, equation 3, https://arxiv.org/abs/2101.03961. Differs from it
     for top_k > 1 as Megatron does: a token's second choice stands in the queue with the token.
@@ -161,7 +162,8 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     num_experts, real = routing.num_experts, routing.counted() > 0
     computed = routing.computed()
     queued = real if computed is None else real & computed
-    capacity = (capacity_factor * real.sum() / num_experts).ceil()
+    # in float64: 1.2 * 25 is 30 there, and more in float32
+    capacity = (capacity_factor * real.sum().double() / num_experts).ceil()
     # those without a place in a queue stand in one of their own, behind the experts'
     queues, order = torch.where(queued, routing.expert_ids, num_experts).sort(stable=True)
     starts = torch.searchsorted(queues, torch.arange(num_experts + 1, device=queues.device))

@@ -69,7 +69,7 @@ def sequence_load_balancing_loss(routing: Routing) -> Float[Tensor, ""]:
     # what is not balanced (null choices beside signed ones) counts in a place of its own
     ids = routing.expert_ids.clamp(max=choices)
     load = scores.new_zeros(num_sequences * (choices + 1))
-    load = load.index_add_(0, routing.token_ids // length * (choices + 1) + ids, routing.counted())
+    load = load.index_add_(0, routing.token_ids // length * (choices + 1) + ids, routing.counted().to(load.dtype))
     load = load.view(num_sequences, choices + 1)[:, :-1]
     mask = routing.token_mask
     lengths = torch.full((num_sequences,), float(length), device=load.device)

@@ -1,0 +1,430 @@
+"""The defects of the seed and the bugs that other frameworks shipped, each a test that fails where it is made again.
+
+Where it takes a line, the mistake itself is computed beside the right thing, so that the test can tell them apart.
+"""
+
+import copy
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from catalogue import FAMILY_ROWS, ROUTER_ROWS, logits
+from lightning_fixtures import (
+    FFNS,
+    MOE_PARAMETERS,
+    BalanceSum,
+    ForeignModule,
+    GradientRecorder,
+    batches,
+    loader,
+    same_gradients,
+    small_config,
+    trainer_of,
+    two_ranks,
+)
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lightning_moe import (
+    BALANCE_LOSSES,
+    ROUTERS,
+    CosineRouter,
+    Experts,
+    LoadBalancingLoss,
+    MoELayer,
+    MoEUpcycleCallback,
+    MoEWarning,
+    Routing,
+    TCMoERouter,
+    Tokens,
+    TopKRouter,
+    UpcycleConfig,
+    ZLoss,
+    expert_load,
+    load_balancing_loss,
+    load_moe,
+    moe_layers,
+    record_routing,
+    save_moe,
+    upcycle,
+    z_loss,
+)
+from lightning_moe.metrics import ExpertCoactivation, MaxViolation, OutputSimilarity, RouterSaturation
+from lightning_moe.routing import observe_routing
+
+E = 5
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
+not_causal = pytest.mark.filterwarnings("ignore:.*routing depend on later tokens")
+
+
+def routing_from(logits, top_k, mask=None):
+    scores = logits.softmax(-1)
+    expert_ids = scores.topk(top_k).indices
+    token_ids = torch.arange(len(logits)).repeat_interleave(top_k)
+    weights = scores.gather(1, expert_ids).flatten()
+    return Routing(token_ids, expert_ids.flatten(), weights, logits, scores, mask, top_k)
+
+
+def collapsed(expert, num_tokens=8, num_experts=4):
+    logits = torch.full((num_tokens, num_experts), -30.0)
+    logits[:, expert] = 0
+    return routing_from(logits, 1)
+
+
+# --- the twelve defects of the seed ---
+
+
+def test_seed_01_pretrained_ffns_are_not_drawn_anew():
+    dense = FAMILY_ROWS["llama"].build()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_(std=0.3)
+    moe = copy.deepcopy(dense)
+    upcycle(moe, UpcycleConfig(num_experts=E))
+    for name, layer in moe_layers(moe).items():
+        ffn = dense.get_submodule(name)
+        for expert in range(E):
+            assert torch.equal(
+                layer.experts.gate_up_proj[expert], torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight])
+            )
+            assert torch.equal(layer.experts.down_proj[expert], ffn.down_proj.weight)
+
+
+def test_seed_02_the_balance_loss_counts_every_choice_and_the_whole_batch():
+    # first choices are even, second choices all go to expert 3
+    logits = torch.tensor([[2.0, -9, -9, 1], [-9, 2, -9, 1], [-9, -9, 2, 1]])
+    routing = routing_from(logits, 2)
+    by_first_choice = routing_from(logits, 1)
+    p = routing.scores.mean(0)
+    assert load_balancing_loss(routing).item() == pytest.approx(4 * (p * torch.tensor([1, 1, 1, 3]) / 6).sum().item())
+    assert load_balancing_loss(by_first_choice) < load_balancing_loss(routing)
+    # two sequences, each on an expert of its own: even together, and each for itself as uneven as can be
+    both = torch.cat([collapsed(0).logits, collapsed(1).logits])[:, :2]
+    assert load_balancing_loss(routing_from(both, 1)).item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_seed_03_two_assignments_of_one_token_to_one_expert_add_up():
+    torch.manual_seed(0)
+    router = TCMoERouter(8, 2, top_k=4, num_null_choices=1, negative_offset=0.0, null_offset=30.0, init_std=1.0)
+    layer = MoELayer(router, Experts(2, 8, 12))
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(3, 8)
+    routing = router(x)
+    pairs = list(zip(routing.token_ids.tolist(), routing.expert_ids.tolist(), strict=True))
+    assert len(pairs) == 2 * len(set(pairs))  # every expert with both signs
+    wanted = torch.zeros(3, 8)
+    for n, (token, expert) in enumerate(pairs):
+        gate, up = (layer.experts.gate_up_proj[expert] @ x[token]).chunk(2)
+        wanted[token] += routing.weights[n] * (layer.experts.down_proj[expert] @ (nn.functional.silu(gate) * up))
+    torch.testing.assert_close(layer(x.unsqueeze(0))[0], wanted, **FLOAT32)
+
+
+@not_causal
+@pytest.mark.parametrize("cls", [cls for cls in ROUTERS if cls.learned], ids=lambda cls: cls.__name__)
+def test_seed_04_every_layer_has_its_own_router(cls):
+    name = next(name for name, row in ROUTER_ROWS.items() if row.cls is cls and row.arguments.get("init_std", 1) > 0)
+    model = FAMILY_ROWS["llama"].build()
+    upcycle(model, UpcycleConfig(num_experts=E, router=ROUTER_ROWS[name], seed=0))
+    first, second = (layer.router.state_dict() for layer in moe_layers(model).values())
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_seed_05_the_balance_losses_can_be_seen_without_gradients():
+    layer = MoELayer(TopKRouter(6, E, init_std=1.0), Experts(E, 6, 8), name="mlp")
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter)
+    layer.balance_losses["load_balancing_loss"] = LoadBalancingLoss()
+    seen = []
+    stop = observe_routing(lambda name, routing, losses: seen.append(losses["load_balancing_loss"].item()))
+    x = torch.randn(2, 7, 6)
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    stop()
+    assert seen[0] == seen[1] > 1
+
+
+@not_causal
+@pytest.mark.parametrize("name", ROUTER_ROWS)
+def test_seed_06_the_state_dict_holds_all_that_routing_depends_on(name, tmp_path):
+    model = FAMILY_ROWS["llama"].build()
+    upcycle(model, UpcycleConfig(num_experts=E, router=ROUTER_ROWS[name], seed=0))
+    for layer in moe_layers(model).values():
+        for tensor in (*layer.router.parameters(), *layer.router.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.uniform_(-1, 1)  # no longer what its seed gives
+    save_moe(model, tmp_path)
+    batch = FAMILY_ROWS["llama"].batch()
+    assert torch.equal(logits(load_moe(tmp_path), batch), logits(model.eval(), batch))
+
+
+class Tower(ForeignModule):
+    """A vision tower of which some layer's hidden states are used: -1 are those behind the last, -2 those before it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        self.net = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+        self.head, self.layer = nn.Linear(16, 3), layer
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net(pixel_values=batch, output_hidden_states=True).hidden_states[self.layer]
+        return self.head(hidden.mean(1)).square().sum()
+
+
+@pytest.mark.parametrize(("layer", "unused"), [(-1, False), (-2, True)])
+def test_seed_07_a_layer_that_the_loss_does_not_reach_is_told_of(tmp_path, layer, unused, recwarn):
+    images = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    module, callback = Tower(layer), MoEUpcycleCallback(small_config())
+    if unused:
+        with pytest.warns(MoEWarning, match=r"1 MoE layer got no gradient in the first step: .*layers\.1"):
+            trainer_of(tmp_path, [callback]).fit(module, loader(images))
+    else:
+        trainer_of(tmp_path, [callback]).fit(module, loader(images))
+        assert not [w for w in recwarn if issubclass(w.category, MoEWarning)]
+    assert len(moe_layers(module)) == 2
+
+
+@not_causal
+@pytest.mark.parametrize(
+    ("name", "shared", "active"),
+    [("top_k", 0, 2), ("top_k", 1, 3), ("switch", 0, 1), ("null_experts", 0, 3 * 5 / 7), ("hash", 0, 1)],
+)
+def test_seed_08_only_active_experts_count(name, shared, active):
+    row = FAMILY_ROWS["llama"]
+    model = row.build()
+    receipt = upcycle(model, UpcycleConfig(num_experts=E, router=ROUTER_ROWS[name], num_shared_experts=shared))
+    outside = receipt.parameters[0] - 2 * row.ffn_parameters
+    routers = sum(p.numel() for layer in moe_layers(model).values() for p in layer.router.parameters())
+    assert receipt.active_parameters[1] == pytest.approx(outside + routers + 2 * active * row.ffn_parameters, abs=2)
+    assert receipt.parameters[1] == outside + routers + 2 * (E + shared) * row.ffn_parameters
+
+
+def test_seed_09_every_configuration_in_the_repository_is_stepped_in_ci():
+    root = Path(__file__).parents[1]
+    script = (root / ".ci" / "run").read_text()
+    assert "git ls-files '*.yaml'" in script
+    assert 'lightning-moe fit --config "$config"' in script
+    found = subprocess.run(["git", "ls-files", "*.yaml"], cwd=root, capture_output=True, text=True, check=False)
+    if found.returncode == 0:  # a source archive has no git
+        assert "examples/smollm2.yaml" in found.stdout.split()
+
+
+def test_seed_10_saturation_compares_sets_and_not_ordered_slots():
+    forward, backward = torch.tensor([[3.0, 2, 1, 0]]), torch.tensor([[2.0, 3, 1, 0]])
+    saturation = RouterSaturation()
+    saturation.update(routing_from(forward, 2), routing_from(backward, 2))
+    assert routing_from(forward, 2).expert_ids.tolist() != routing_from(backward, 2).expert_ids.tolist()
+    assert saturation.compute() == 1
+
+
+def test_seed_11_diversity_is_the_mean_over_pairs_of_different_experts():
+    same = torch.ones(3, 4, 2)  # (experts, tokens, channels), all equal
+    metric = OutputSimilarity()
+    metric.update(torch.stack([same[0], -same[0], same[0]]))
+    # of the three pairs one is alike and two are opposite; over k * k it would be (3 + 2 * (-1)) / 9
+    assert metric.compute().item() == pytest.approx((1 - 1 - 1) / 3)
+
+
+def test_seed_12_an_analysis_can_be_run_again():
+    def run():
+        torch.manual_seed(7)
+        module = ForeignModule()
+        upcycle(module, small_config())
+        with record_routing() as window, torch.no_grad():
+            for batch in batches(3, padding=True):
+                module.task_loss(batch)
+        return window
+
+    first, second = run(), run()
+    assert list(first) == list(second) == FFNS
+    for name in FFNS:
+        metric = MaxViolation(E)
+        metric.update(first[name])
+        load = expert_load(second[name])
+        assert metric.compute().item() == pytest.approx((load.max() / load.mean() - 1).item())
+
+
+# --- the bugs that others shipped ---
+
+
+def test_bug_layers_are_not_mixed_before_the_product():
+    # transformers#28255, transformers#31464
+    layers = [collapsed(expert) for expert in range(4)]
+    theirs = load_balancing_loss_func(tuple(r.logits for r in layers), num_experts=4, top_k=1)
+    assert theirs.item() == pytest.approx(1.0, abs=1e-4)
+    assert sum(load_balancing_loss(r).item() for r in layers) / 4 >= 3.9
+
+
+def without_task(module):
+    module.task_loss = lambda batch: 0 * module.net.inner(**batch).loss
+    return module
+
+
+def test_bug_the_losses_are_on_by_default(tmp_path):
+    # transformers#44242, transformers#44586, ms-swift#10190, LlamaFactory#8054, marin#7212
+    recorder = GradientRecorder()
+    trainer_of(tmp_path, [MoEUpcycleCallback(small_config()), recorder]).fit(
+        without_task(ForeignModule(lr=0.0)), loader(batches(1))
+    )
+    for name in FFNS:
+        assert recorder.steps[0][f"{name}.router.gate"].any()
+
+
+def test_bug_the_gradient_flows_and_has_the_right_scale(tmp_path):
+    # NeMo Automodel#1408, mLoRA#54
+    (batch,) = data = batches(1)
+    recorder, losses = GradientRecorder(), [LoadBalancingLoss(0.3), ZLoss(0.05)]
+    callbacks = [MoEUpcycleCallback(small_config(), balance_losses=losses), recorder]
+    module = without_task(ForeignModule(lr=0.0))
+    trainer_of(tmp_path, callbacks).fit(module, loader(data))
+    module = module.double()
+    for name in FFNS:
+        gate = moe_layers(module)[name].router.gate
+        found = recorder.steps[0][f"{name}.router.gate"]
+
+        def value():
+            with record_routing() as window, torch.no_grad():
+                module.net.inner(**batch)
+            return sum(0.3 * load_balancing_loss(r) + 0.05 * z_loss(r) for r in window.values()).item()
+
+        for index in (0, 7, 23):
+            at, step = divmod(index, gate.shape[1]), 1e-6
+            with torch.no_grad():
+                gate[at] += step
+                above = value()
+                gate[at] -= 2 * step
+                below = value()
+                gate[at] += step
+            assert found[at].item() == pytest.approx((above - below) / (2 * step), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_bug_the_losses_do_not_grow_with_the_number_of_ranks():
+    # transformers#48690
+    data, found = batches(8, padding=True), two_ranks()["gradients"]
+    explicit = BalanceSum(ForeignModule(), small_config(), [LoadBalancingLoss(0.3), ZLoss(0.05)])
+    for step, gradients in enumerate(found):
+        same_gradients(gradients, explicit.gradients(data[2 * step : 2 * step + 2]))
+
+
+def test_bug_the_losses_are_added_once(tmp_path):
+    # ms-swift#5375; the module's own loss is not changed, and the gradient is that of one sum
+    data, recorder, losses = batches(1), GradientRecorder(), [LoadBalancingLoss(0.3)]
+    callbacks = [MoEUpcycleCallback(small_config(), balance_losses=losses), recorder]
+    trainer = trainer_of(tmp_path, callbacks)
+    trainer.fit(ForeignModule(lr=0.0), loader(data))
+    explicit = BalanceSum(ForeignModule(), small_config(), losses)
+    same_gradients(recorder.steps[0], explicit.gradients(data))
+    assert trainer.callback_metrics["train_loss"].item() == pytest.approx(explicit.module.task_loss(data[0]).item())
+
+
+def test_bug_the_losses_are_not_summed_over_accumulated_batches(tmp_path):
+    (batch,), found = batches(1), {}
+    for accumulation in (1, 4):
+        recorder = GradientRecorder()
+        callbacks = [MoEUpcycleCallback(small_config(), balance_losses=[LoadBalancingLoss(0.3)]), recorder]
+        trainer = trainer_of(tmp_path, callbacks, accumulate_grad_batches=accumulation)
+        trainer.fit(ForeignModule(lr=0.0), loader([batch] * accumulation))
+        (found[accumulation],) = recorder.steps
+    same_gradients(found[4], found[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_bug_activation_checkpointing_counts_nothing_twice(reentrant):
+    # torchtitan's optimizer, megablocks#113
+    counts, module = [], ForeignModule()
+    upcycle(module, small_config())
+    (batch,) = batches(1)
+    module.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            module.net.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            module.net.inner.enable_input_require_grads()
+        with record_routing() as window:
+            module.task_loss(batch).backward()
+        counts.append([expert_load(window[name]).tolist() for name in FFNS])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("loss", BALANCE_LOSSES, ids=lambda loss: loss.__name__)
+def test_bug_padding_is_in_no_loss(loss):
+    # Megatron-LM#2142, ms-swift#9350
+    name = {"LoadLoss": "noisy_top_k", "NullRewardLoss": "null_experts"}.get(loss.__name__, "top_k_3")
+    layer = MoELayer(ROUTER_ROWS[name](6, E).eval(), Experts(E, 6, 8), name="mlp")
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter)
+    layer.balance_losses["loss"] = loss(1.0)
+    seen, x = [], torch.randn(1, 4, 6)
+    stop = observe_routing(lambda name, routing, losses: seen.append(losses["loss"].item()))
+    layer(x)
+    layer.context.inputs = {"attention_mask": torch.tensor([[1, 1, 0, 1, 0, 1]])}
+    layer(torch.cat([x[:, :2], 5 * torch.randn(1, 1, 6), x[:, 2:3], 5 * torch.randn(1, 1, 6), x[:, 3:]], dim=1))
+    stop()
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5, abs=1e-6)
+
+
+def test_bug_the_global_scope_is_global():
+    # ms-swift#6787
+    loss, micro = LoadBalancingLoss(scope="global_batch"), LoadBalancingLoss(scope="micro_batch")
+    loss.window = 4
+    for _ in range(2):
+        values = [(loss(collapsed(domain)).item(), micro(collapsed(domain)).item()) for domain in range(4)]
+    assert values == [(pytest.approx(1.0), pytest.approx(4.0))] * 4
+
+
+@pytest.mark.parametrize("cls", [c for c in BALANCE_LOSSES if c.measures_balance], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_bug_balanced_is_one_for_every_kind_of_loss(cls, top_k):
+    # Megatron-LM#3672
+    expert_ids = torch.arange(8 * top_k) % 4
+    flat = torch.zeros(8, 4)
+    token_ids = torch.arange(8).repeat_interleave(top_k)
+    load = torch.full((4,), 2.0 * top_k)
+    routing = Routing(
+        token_ids, expert_ids, torch.ones(8 * top_k), flat, flat.softmax(-1), None, top_k, expected_load=load
+    )
+    assert cls()(routing).item() == pytest.approx(1.0)
+
+
+def test_bug_co_activation_counts_all_pairs_and_not_only_neighbours():
+    # OLMoE's analysis script
+    logits = torch.tensor([[9.0, 8, 7, 0], [9, 0, 8, 7]])
+    metric = ExpertCoactivation(4)
+    metric.update(routing_from(logits, 3))
+    together = metric.compute()
+    assert together[0, 2] == 1  # first and third choice of token 0
+    assert together[2, 0] == 1
+    assert together[1, 2] == 1
+    assert together[1, 3] == 0
+
+
+def test_bug_recorded_logits_are_logits_and_scores_are_softmaxed_once():
+    # transformers#45120, transformers#45315
+    router, x = TopKRouter(6, E, init_std=1.0), torch.randn(7, 6)
+    layer = MoELayer(router, Experts(E, 6, 8), name="mlp")
+    with record_routing() as window, torch.no_grad():
+        layer(x.unsqueeze(0))
+    routing = window["mlp"]
+    torch.testing.assert_close(routing.logits, x @ router.gate.T, **FLOAT32)
+    torch.testing.assert_close(routing.scores, (x @ router.gate.T).softmax(-1), **FLOAT32)
+    # the seed's cosine router took a softmax of a softmax, and its scores stayed near uniform
+    cosine = CosineRouter(6, 4, projection_size=16, temperature=0.05)
+    scores = cosine(torch.randn(64, 6), Tokens()).scores
+    entropy = -(scores * scores.log()).sum(-1).mean().item()
+    twice = scores.softmax(-1)
+    assert -(twice * twice.log()).sum(-1).mean().item() > 0.9 * math.log(4)
+    assert entropy < 0.6 * math.log(4)
+
+
+def test_every_bug_of_the_gradient_would_show():
+    """The gradients compared above differ by far more than the tolerance where the losses are left out."""
+    data = batches(1)
+    plain = BalanceSum(ForeignModule(), small_config(), []).gradients(data)
+    balanced = BalanceSum(ForeignModule(), small_config(), [LoadBalancingLoss(0.3)]).gradients(data)
+    gates = [name for name in MOE_PARAMETERS if name.endswith("gate")]
+    assert all((plain[n] - balanced[n]).abs().max() > 0.01 * balanced[n].abs().max() for n in gates)
