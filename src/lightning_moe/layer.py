@@ -106,8 +106,8 @@ class MoELayer(nn.Module):
         self.context.logits = None
         if logits is not None and (position != self.position - 1 or logits.shape[0] != num_tokens):
             logits = None
-        # What activation checkpointing will ask for again: without the graph, but as if it had one, so that the repeated
-        # forward saves the same tensors.
+        # What activation checkpointing will ask for again: without the graph, but as if it had one, so that the
+        # repeated forward saves the same tensors.
         self._previous_logits = None if logits is None else logits.detach().requires_grad_(logits.requires_grad)
         return logits
 
