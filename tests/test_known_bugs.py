@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import FAMILY_ROWS, ROUTER_ROWS, logits
+from catalogue import FAMILY_ROWS, ROUTER_ROWS, Block, TwoLinear, logits
 from lightning_fixtures import (
     FFNS,
     MOE_PARAMETERS,
@@ -25,7 +25,6 @@ from lightning_fixtures import (
     two_ranks,
 )
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lightning_moe import (
@@ -163,25 +162,26 @@ def test_seed_06_the_state_dict_holds_all_that_routing_depends_on(name, tmp_path
 
 
 class Tower(ForeignModule):
-    """A vision tower of which some layer's hidden states are used: -1 are those behind the last, -2 those before it."""
+    """An encoder of which some layer's hidden states are used: -1 are those behind the last, -2 those before it."""
 
     def __init__(self, layer):
         super().__init__()
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        self.net = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
-        self.head, self.layer = nn.Linear(16, 3), layer
+        self.net = nn.ModuleList(Block(TwoLinear(8, 12)) for _ in range(2))
+        self.head, self.layer = nn.Linear(8, 3), layer
 
     def training_step(self, batch, batch_idx):
-        hidden = self.net(pixel_values=batch, output_hidden_states=True).hidden_states[self.layer]
-        return self.head(hidden.mean(1)).square().sum()
+        hidden = [batch]
+        for block in self.net:
+            hidden.append(block(hidden[-1]))
+        return self.head(hidden[self.layer].mean(1)).square().sum()
 
 
 @pytest.mark.parametrize(("layer", "unused"), [(-1, False), (-2, True)])
 def test_seed_07_a_layer_that_the_loss_does_not_reach_is_told_of(tmp_path, layer, unused, recwarn):
-    images = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    images = [torch.randn(2, 4, 8) for _ in range(3)]
     module, callback = Tower(layer), MoEUpcycleCallback(small_config())
     if unused:
-        with pytest.warns(MoEWarning, match=r"1 MoE layer got no gradient in the first step: .*layers\.1"):
+        with pytest.warns(MoEWarning, match=r"1 MoE layer got no gradient in the first step: .*net\.1\.ffn"):
             trainer_of(tmp_path, [callback]).fit(module, loader(images))
     else:
         trainer_of(tmp_path, [callback]).fit(module, loader(images))
