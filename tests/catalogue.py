@@ -15,24 +15,31 @@ from torch import nn
 from lightning_moe import (
     AdaptiveL1Loss,
     BASERouter,
+    CentroidRouterInit,
     CopyInit,
     CosineRouter,
     DenseMixerRouter,
+    DropInit,
     ExpertChoiceRouter,
     ExpertOrthogonalityLoss,
+    GranularInit,
     GShardRouter,
     HashRouter,
     HeterogeneousLoadBalancingLoss,
     HyperRouter,
     ImportanceLoss,
+    KMeansRouterInit,
     LoadBalancingLoss,
     LoadLoss,
     LossFreeRouter,
     MoEPlusPlusRouter,
     MutualInformationLoss,
+    NoiseInit,
     NoisyTopKRouter,
+    NormalRouterInit,
     NullExpertsRouter,
     NullRewardLoss,
+    OrthogonalRouterInit,
     PerturbedCosineRouter,
     ReMoERouter,
     RouterOrthogonalityLoss,
@@ -40,6 +47,7 @@ from lightning_moe import (
     SigmoidRouter,
     SinkhornRouter,
     SparseMixerRouter,
+    SplitInit,
     TCMoERouter,
     TokenEntropyLoss,
     TopKRouter,
@@ -345,14 +353,44 @@ METRIC_ROWS = {
 
 # --- initialisers ---
 
-INIT_ROWS = {"copy": CopyInit}
+
+@dataclass(frozen=True)
+class InitRow:
+    cls: type
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self):
+        return self.cls(**self.arguments)
+
+
+INIT_ROWS = {
+    "copy": InitRow(CopyInit),
+    "noise": InitRow(NoiseInit, {"std": 0.1}),
+    "noise_replaced": InitRow(NoiseInit, {"std": 0.02, "fraction": 0.5, "replace": True}),
+    "drop": InitRow(DropInit, {"ratio": 0.5}),
+    "drop_repo": InitRow(DropInit, {"ratio": 0.5, "variant": "repo"}),
+    "granular": InitRow(GranularInit, {"granularity": 2}),
+    "granular_4": InitRow(GranularInit, {"granularity": 4}),
+    "split": InitRow(SplitInit, {"method": "random"}),
+    "split_kmeans": InitRow(SplitInit, {"method": "kmeans"}),
+    "split_activation": InitRow(SplitInit, {"method": "activation"}),
+}
+ROUTER_INIT_ROWS = {
+    "normal": InitRow(NormalRouterInit, {"std": 0.1}),
+    "orthogonal": InitRow(OrthogonalRouterInit, {"std": 0.1}),
+    "centroid": InitRow(CentroidRouterInit, {"std": 0.1}),
+    "kmeans": InitRow(KMeansRouterInit, {"std": 0.1}),
+}
 
 # --- FFN families ---
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 GROUPED = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+EACH = {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 64}
+PATCHES = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+IMAGE_TOKEN = VOCABULARY - 1
 
 
 class TwoLinear(nn.Module):
@@ -380,6 +418,12 @@ class Block(nn.Module):
         return x + self.ffn(self.norm(x))
 
 
+def torchvision_ffn(hidden_size=8, width=12, dropout=0.1):
+    """Torchvision's order: a dropout between the projections, and one after them."""
+    first, last = nn.Linear(hidden_size, width), nn.Linear(width, hidden_size)
+    return nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), last, nn.Dropout(dropout))
+
+
 def sequential_ffn(hidden_size=8, width=12, dropout=0.0):
     ffn = [nn.Linear(hidden_size, width), nn.ReLU(), nn.Linear(width, hidden_size)]
     return nn.Sequential(*ffn, nn.Dropout(dropout)) if dropout else nn.Sequential(*ffn)
@@ -390,8 +434,12 @@ def plain_model(make_ffn):
     return nn.Sequential(nn.Linear(5, 8), Block(make_ffn()), Block(make_ffn()), nn.Linear(8, 3))
 
 
+def _model(model, config, **settings):
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+
+
 def _text_model(model, config, **settings):
-    return lambda: getattr(transformers, model)(getattr(transformers, config)(**SPECIAL, **settings)).eval()
+    return _model(model, config, **SPECIAL, **settings)
 
 
 def token_ids(batch_size=3, length=7, generator_seed=0):
@@ -406,25 +454,70 @@ class FamilyRow:
     build: Callable[[], nn.Module]
     names: tuple[str, ...]
     """The FFNs of the model."""
-    ffn_parameters: int
-    """Of one FFN, by hand: D and F as above."""
-    is_text: bool = True
+    ffn_parameters: int | tuple[int, ...]
+    """Of one FFN, by hand: D and F as above; of each, where they differ."""
+    inputs: str = "causal"
+    """``causal``, ``encoder``, ``seq2seq``, ``pixels``, ``both``, ``llava``, or ``plain`` for what is of no library."""
     hidden_size: int = 16
+    mixed: bool = False
+    """Has FFNs of other families besides."""
+    exact_in_bfloat16: bool = True
+    normalised: bool = False
+    """The FFN's output passes a norm, so that its scale hardly matters."""
 
-    def batch(self, batch_size=3, length=7):
+    @property
+    def is_text(self):
+        """A causal language model."""
+        return self.inputs == "causal"
+
+    @property
+    def counts(self):
+        """The parameters of each FFN."""
+        one = self.ffn_parameters
+        return one if isinstance(one, tuple) else (one,) * len(self.names)
+
+    def batch(self, batch_size=3, length=7, dtype=torch.float32):
         """Keyword arguments of the model."""
-        if self.is_text:
-            return {"input_ids": token_ids(batch_size, length)}
-        generator = torch.Generator().manual_seed(0)
-        return {"input": torch.randn(batch_size, length, 5, generator=generator)}
+        batch = self._batch(batch_size, length)
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+    def _batch(self, batch_size, length):
+        ids, generator = token_ids(batch_size, length), torch.Generator().manual_seed(0)
+        if self.inputs == "plain":
+            return {"input": torch.randn(batch_size, length, 5, generator=generator)}
+        if self.inputs == "llava":
+            # four patches
+            ids = ids.clamp(max=IMAGE_TOKEN - 1)
+            ids[:, 1:5] = IMAGE_TOKEN
+        batch = {} if self.inputs == "pixels" else {"input_ids": ids}
+        if self.inputs == "seq2seq":
+            batch["decoder_input_ids"] = token_ids(batch_size, length - 2, 1)
+        if self.inputs in ("pixels", "both", "llava"):
+            batch["pixel_values"] = torch.randn(batch_size, 3, 8, 8, generator=generator)
+        return batch
 
 
 def logits(model, batch):
     """The output of a model of the table."""
     out = model(**batch)
-    return getattr(out, "logits", out)
+    for key in ("logits", "logits_per_text", "last_hidden_state"):
+        out = getattr(out, key, out)
+    return out
 
 
+def _pair(pattern):
+    return pattern.format(0), pattern.format(1)
+
+
+_GATED = 3 * 16 * 24
+_BIASED = 2 * 16 * 24 + 24 + 16
+_VISION = _pair("encoder.layers.{}.mlp")
+_T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+_T5_NAMES = (*_pair("encoder.block.{}.layer.1.DenseReluDense"), *_pair("decoder.block.{}.layer.2.DenseReluDense"))
+_FALCON = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_FALCON["ffn_hidden_size"] = 24
+_BART = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+_GPTJ = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 64}
 _LLAMA = ("model.layers.0.mlp", "model.layers.1.mlp")
 FAMILY_ROWS = {
     "llama": FamilyRow("llama", _text_model("LlamaForCausalLM", "LlamaConfig", **GROUPED), _LLAMA, 3 * 16 * 24),
@@ -460,7 +553,7 @@ FAMILY_ROWS = {
         lambda: plain_model(lambda: TwoLinear(8, 12)),
         ("1.ffn", "2.ffn"),
         2 * 8 * 12 + 12 + 8,
-        is_text=False,
+        inputs="plain",
         hidden_size=8,
     ),
     "sequential": FamilyRow(
@@ -468,8 +561,232 @@ FAMILY_ROWS = {
         lambda: plain_model(lambda: sequential_ffn(dropout=0.1)).eval(),
         ("1.ffn", "2.ffn"),
         2 * 8 * 12 + 12 + 8,
-        is_text=False,
+        inputs="plain",
+        hidden_size=8,
+    ),
+}
+# what is combined with every router and initialiser
+CORE_ROWS = dict(FAMILY_ROWS)
+
+
+def _gated(name, **settings):
+    return FamilyRow("llama", _text_model(f"{name}ForCausalLM", f"{name}Config", **GROUPED, **settings), _LLAMA, _GATED)
+
+
+FAMILY_ROWS |= {
+    "gemma": _gated("Gemma", head_dim=8),
+    "gemma2": replace(_gated("Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=4), normalised=True),
+    "gemma3": FamilyRow(
+        "llama",
+        _text_model(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=4
+        ),
+        _LLAMA,
+        _GATED,
+        normalised=True,
+    ),
+    "olmo": _gated("Olmo"),
+    "olmo2": _gated("Olmo2"),
+    "olmo3": _gated("Olmo3", sliding_window=4),
+    "smollm3": _gated("SmolLM3"),
+    "stablelm": _gated("StableLm"),
+    "granite": _gated("Granite"),
+    "cohere": _gated("Cohere", logit_scale=1.0),
+    "glm4": FamilyRow("phi3", _text_model("Glm4ForCausalLM", "Glm4Config", **GROUPED, head_dim=8), _LLAMA, _GATED),
+    "phi": FamilyRow("clip", _text_model("PhiForCausalLM", "PhiConfig", **GROUPED), _LLAMA, _BIASED),
+    "starcoder2": FamilyRow(
+        "starcoder2", _text_model("Starcoder2ForCausalLM", "Starcoder2Config", **GROUPED), _LLAMA, _BIASED
+    ),
+    "nemotron": FamilyRow(
+        "nemotron", _text_model("NemotronForCausalLM", "NemotronConfig", **GROUPED), _LLAMA, 2 * 16 * 24
+    ),
+    "falcon": FamilyRow(
+        "gpt_neox",
+        _text_model("FalconForCausalLM", "FalconConfig", **_FALCON),
+        _pair("transformer.h.{}.mlp"),
+        2 * 16 * 24,
+    ),
+    "falcon_biases": FamilyRow(
+        "gpt_neox",
+        _text_model(
+            "FalconForCausalLM",
+            "FalconConfig",
+            **_FALCON,
+            bias=True,
+            alibi=True,
+        ),
+        _pair("transformer.h.{}.mlp"),
+        _BIASED,
+        exact_in_bfloat16=False,  # its own linear layer rounds before it adds the bias
+    ),
+    "bloom": FamilyRow(
+        "bloom",
+        _text_model("BloomForCausalLM", "BloomConfig", vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2),
+        _pair("transformer.h.{}.mlp.dense_h_to_4h"),
+        2 * 16 * 64 + 64 + 16,
+    ),
+    "gptj": FamilyRow(
+        "gptj",
+        _text_model("GPTJForCausalLM", "GPTJConfig", **_GPTJ, rotary_dim=4),
+        _pair("transformer.h.{}.mlp"),
+        _BIASED,
+    ),
+    "opt": FamilyRow(
+        "opt",
+        _text_model("OPTForCausalLM", "OPTConfig", **EACH, ffn_dim=24, word_embed_proj_dim=16),
+        _pair("model.decoder.layers.{}.fc1"),
+        _BIASED,
+    ),
+    "bert": FamilyRow(
+        "bert",
+        _text_model("BertForMaskedLM", "BertConfig", **EACH),
+        _pair("bert.encoder.layer.{}.intermediate"),
+        _BIASED,
+        inputs="encoder",
+    ),
+    "roberta": FamilyRow(
+        "bert",
+        _text_model("RobertaForMaskedLM", "RobertaConfig", **EACH),
+        _pair("roberta.encoder.layer.{}.intermediate"),
+        _BIASED,
+        inputs="encoder",
+    ),
+    "modernbert": FamilyRow(
+        "modernbert",
+        _text_model("ModernBertForMaskedLM", "ModernBertConfig", **EACH, cls_token_id=1, sep_token_id=2),
+        _pair("model.layers.{}.mlp"),
+        _GATED,
+        inputs="encoder",
+    ),
+    "distilbert": FamilyRow(
+        "distilbert",
+        _text_model(
+            "DistilBertForMaskedLM",
+            "DistilBertConfig",
+            vocab_size=VOCABULARY,
+            dim=16,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=2,
+        ),
+        _pair("distilbert.transformer.layer.{}.ffn"),
+        _BIASED,
+        inputs="encoder",
+    ),
+    "t5": FamilyRow(
+        "t5",
+        _text_model("T5ForConditionalGeneration", "T5Config", **_T5, decoder_start_token_id=0),
+        _T5_NAMES,
+        2 * 16 * 24,
+        inputs="seq2seq",
+    ),
+    "t5_gated": FamilyRow(
+        "t5_gated",
+        _text_model(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            **_T5,
+            decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        ),
+        _T5_NAMES,
+        _GATED,
+        inputs="seq2seq",
+    ),
+    "bart": FamilyRow(
+        "opt",
+        _text_model(
+            "BartForConditionalGeneration",
+            "BartConfig",
+            vocab_size=VOCABULARY,
+            d_model=16,
+            max_position_embeddings=64,
+            forced_eos_token_id=None,
+            **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in _BART.items()},
+        ),
+        (*_pair("model.encoder.layers.{}.fc1"), *_pair("model.decoder.layers.{}.fc1")),
+        _BIASED,
+        inputs="seq2seq",
+    ),
+    "vit": FamilyRow(
+        "clip",
+        _model("ViTForImageClassification", "ViTConfig", **PATCHES, intermediate_size=24),
+        _pair("vit.layers.{}.mlp"),
+        _BIASED,
+        inputs="pixels",
+    ),
+    "dinov2": FamilyRow(
+        "clip",
+        _model("Dinov2Model", "Dinov2Config", **PATCHES, mlp_ratio=2),
+        _pair("encoder.layer.{}.mlp"),
+        2 * 16 * 32 + 32 + 16,
+        inputs="pixels",
+    ),
+    # two thirds of 32, rounded up to a multiple of 8
+    "dinov2_swiglu": FamilyRow(
+        "llama",
+        _model("Dinov2Model", "Dinov2Config", **PATCHES, mlp_ratio=2, use_swiglu_ffn=True),
+        _pair("encoder.layer.{}.mlp"),
+        3 * 16 * 24 + 2 * 24 + 16,
+        inputs="pixels",
+    ),
+    "clip_vision": FamilyRow(
+        "clip",
+        _model("CLIPVisionModel", "CLIPVisionConfig", **PATCHES, intermediate_size=24),
+        _VISION,
+        _BIASED,
+        inputs="pixels",
+    ),
+    "siglip_vision": FamilyRow(
+        "clip",
+        _model("SiglipVisionModel", "SiglipVisionConfig", **PATCHES, intermediate_size=24, vision_use_head=False),
+        _VISION,
+        _BIASED,
+        inputs="pixels",
+    ),
+    "clip": FamilyRow(
+        "clip",
+        _model(
+            "CLIPModel",
+            "CLIPConfig",
+            text_config={**EACH, **SPECIAL, "eos_token_id": 2},
+            vision_config={**PATCHES, "intermediate_size": 24},
+            projection_dim=8,
+        ),
+        (*_pair("text_model.encoder.layers.{}.mlp"), *_pair("vision_model.encoder.layers.{}.mlp")),
+        _BIASED,
+        inputs="both",
+    ),
+    "llava": FamilyRow(
+        "llava",
+        _model(
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            text_config={**GROUPED, **SPECIAL, "model_type": "llama"},
+            vision_config={**PATCHES, "intermediate_size": 24, "model_type": "clip_vision_model"},
+            image_token_id=IMAGE_TOKEN,
+            vision_feature_layer=-1,
+        ),
+        (
+            *_pair("model.vision_tower.encoder.layers.{}.mlp"),
+            "model.multi_modal_projector",
+            *_pair("model.language_model.layers.{}.mlp"),
+        ),
+        (_BIASED, _BIASED, 2 * 16 * 16 + 16 + 16, _GATED, _GATED),
+        inputs="llava",
+        mixed=True,
+        # its projector gets a slice of the patches, of which a dense linear layer rounds before it adds the bias
+        exact_in_bfloat16=False,
+    ),
+    "sequential_dropout": FamilyRow(
+        "sequential_dropout",
+        lambda: plain_model(torchvision_ffn).eval(),
+        ("1.ffn", "2.ffn"),
+        2 * 8 * 12 + 12 + 8,
+        inputs="plain",
         hidden_size=8,
     ),
 }
 TEXT_ROWS = {name: row for name, row in FAMILY_ROWS.items() if row.is_text}
+LIBRARY_ROWS = {name: row for name, row in FAMILY_ROWS.items() if row.inputs != "plain"}

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.__about__ import __version__
 from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights, find_ffns
-from lightning_moe.initializers import INITIALIZERS, CopyInit, ExpertInit
+from lightning_moe.initializers import (
+    INITIALIZERS,
+    ROUTER_INITIALIZERS,
+    CentroidRouterInit,
+    CopyInit,
+    DropInit,
+    ExpertInit,
+    GranularInit,
+    KMeansRouterInit,
+    NoiseInit,
+    NormalRouterInit,
+    OrthogonalRouterInit,
+    RouterInit,
+    SplitInit,
+)
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import (
     BALANCE_LOSSES,
@@ -64,6 +78,7 @@ from lightning_moe.metrics import (
     UtilizationQuantiles,
     VocabularySpecialization,
 )
+from lightning_moe.receipt import Receipt
 from lightning_moe.routers import (
     ROUTERS,
     BASERouter,
@@ -93,7 +108,7 @@ from lightning_moe.routers import (
 from lightning_moe.routing import MoEWarning, Routing, expert_load, limit_capacity, record_routing
 from lightning_moe.saving import load_moe, save_moe
 from lightning_moe.tokens import Tokens
-from lightning_moe.upcycle import Receipt, UpcycleConfig, upcycle
+from lightning_moe.upcycle import UpcycleConfig, upcycle
 
 if TYPE_CHECKING:
     from lightning_moe.callbacks import (
@@ -130,6 +145,7 @@ __all__ = [
     "FFN_FAMILIES",
     "INITIALIZERS",
     "ROUTERS",
+    "ROUTER_INITIALIZERS",
     "ROUTING_METRICS",
     "ActiveExperts",
     "AdaptiveL1Loss",
@@ -138,6 +154,7 @@ __all__ = [
     "BalanceLoss",
     "BalanceLossCallback",
     "BatchMaxViolation",
+    "CentroidRouterInit",
     "CoefficientOfVariation",
     "CopyInit",
     "CosineRouter",
@@ -147,6 +164,7 @@ __all__ = [
     "DomainMutualInformation",
     "DomainSpecialization",
     "DomainTotalVariation",
+    "DropInit",
     "DropRate",
     "EffectiveExperts",
     "ExpertBiasCallback",
@@ -163,10 +181,12 @@ __all__ = [
     "FFNWeights",
     "GShardRouter",
     "GiniCoefficient",
+    "GranularInit",
     "HashRouter",
     "HeterogeneousLoadBalancingLoss",
     "HyperRouter",
     "ImportanceLoss",
+    "KMeansRouterInit",
     "LoadBalancingLoss",
     "LoadEntropy",
     "LoadImbalance",
@@ -181,15 +201,19 @@ __all__ = [
     "MoEUpcycleCallback",
     "MoEWarning",
     "MutualInformationLoss",
+    "NoiseInit",
     "NoisyTopKRouter",
+    "NormalRouterInit",
     "NullExpertsRouter",
     "NullRewardLoss",
+    "OrthogonalRouterInit",
     "OutputCKA",
     "OutputSimilarity",
     "PerturbedCosineRouter",
     "ReMoERouter",
     "Receipt",
     "Router",
+    "RouterInit",
     "RouterLogitNorm",
     "RouterMargin",
     "RouterOrthogonalityLoss",
@@ -202,6 +226,7 @@ __all__ = [
     "SigmoidRouter",
     "SinkhornRouter",
     "SparseMixerRouter",
+    "SplitInit",
     "SquaredCoefficientOfVariation",
     "TCMoERouter",
     "TextDataModule",

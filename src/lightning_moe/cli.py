@@ -20,7 +20,7 @@ from lightning_moe.callbacks import (
     MoEUpcycleCallback,
 )
 from lightning_moe.data import TextDataModule
-from lightning_moe.initializers import INITIALIZERS
+from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
 from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
@@ -35,6 +35,7 @@ _CLASSES: tuple[type, ...] = (
     ExpertUtilizationCallback,
     *ROUTERS,
     *INITIALIZERS,
+    *ROUTER_INITIALIZERS,
     *BALANCE_LOSSES,
 )
 

@@ -128,14 +128,16 @@ class MoELayer(nn.Module):
         if injecting and self.loss_scale.device != out.device:
             self.loss_scale = self.loss_scale.to(out.device)
         losses: dict[str, Tensor] = {}
+        total = torch.zeros((), device=out.device)
         if injecting or observed:
             for name, loss in self.balance_losses.items():
                 assert isinstance(loss, BalanceLoss)
                 if not injecting and (loss.needs_outputs or loss.needs_gate):
                     continue
                 losses[name] = loss(routing)
-                if injecting:
-                    out = _InjectGradient.apply(out, loss.coefficient * losses[name], self.loss_scale)
+                total = total + loss.coefficient * losses[name]
+        if injecting and losses:
+            out = _InjectGradient.apply(out, total, self.loss_scale)
         if observed:
             notify(self.name, routing, losses)
         return out
@@ -148,7 +150,8 @@ class _InjectGradient(torch.autograd.Function):
         # An attribute and not save_for_backward: the scale is written in place between forward and backward, and its
         # value at the backward is the one that counts.
         ctx.scale, ctx.dtype = scale, loss.dtype
-        return x.view_as(x)
+        # not x.view_as(x): what follows may add to it in place, as Falcon does
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

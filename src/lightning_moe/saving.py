@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from lightning_moe.__about__ import __version__
-from lightning_moe.ffn import FFNFamily
-from lightning_moe.initializers import CopyInit
+from lightning_moe.experts import Experts
+from lightning_moe.ffn import FFNFamily, FFNWeights
+from lightning_moe.initializers import CopyInit, ExpertInit
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.routers import ROUTERS, Router
 from lightning_moe.routers.base import init_arguments
@@ -84,13 +85,32 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
         UpcycleConfig(
             num_experts=layer["num_experts"],
             router=router,
-            init=CopyInit(),
+            init=_OfSize({name: saved["expert_size"] for name, saved in recipe["layers"].items()}),
             num_shared_experts=layer.get("num_shared_experts", 0),
             capacity_factor=layer.get("capacity_factor"),
             layers=names,
             family=family,
         ),
     )
+
+
+class _OfSize(CopyInit):
+    # what will be loaded takes the place of every weight: only the widths count
+    def __init__(self, sizes: dict[str, int], size: int = 0) -> None:
+        self.sizes = sizes
+        self.size = size
+
+    def for_layer(self, name: str) -> ExpertInit:
+        return _OfSize(self.sizes, self.sizes[name])
+
+    def expert_size(self, dense_size: int, num_experts: int) -> int:
+        return self.size
+
+    def __call__(
+        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, inputs: Tensor | None = None
+    ) -> None:
+        if self.size == dense.expert_size:
+            super().__call__(experts, dense, generator)
 
 
 def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = None) -> None:

@@ -99,3 +99,8 @@ class TokenContext:
 def takes_tokens(module: nn.Module) -> bool:
     """Whether a module is a text model: its forward takes ``input_ids``."""
     return "input_ids" in inspect.signature(module.forward).parameters
+
+
+def takes_pixels(module: nn.Module) -> bool:
+    """Whether a module is a vision model: its forward takes ``pixel_values``."""
+    return "pixel_values" in inspect.signature(module.forward).parameters

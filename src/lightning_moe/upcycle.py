@@ -1,10 +1,10 @@
-"""Dense model in, Mixture-of-Experts model out, in place; the one configuration; the receipt."""
+"""Dense model in, Mixture-of-Experts model out, in place; the one configuration."""
 
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.experts import Experts
-from lightning_moe.ffn import FFNFamily, FFNWeights, find_ffns
-from lightning_moe.initializers import CopyInit, ExpertInit
+from lightning_moe.ffn import FFNFamily, FFNWeights, find_ffns, find_lookalikes
+from lightning_moe.initializers import CopyInit, ExpertInit, RouterInit
 from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.receipt import Receipt, expert_similarity, num_bytes
 from lightning_moe.routers import Router, TopKRouter
 from lightning_moe.routing import MoEWarning
-from lightning_moe.tokens import TokenContext, takes_tokens
+from lightning_moe.tokens import TokenContext, takes_pixels, takes_tokens
 
+Batch = Mapping[str, Any] | Tensor
 _SLICE = re.compile(r"-?\d*:-?\d*(:-?\d*)?")
 
 
@@ -31,6 +33,7 @@ class UpcycleConfig:
         router: called as ``router(hidden_size, num_experts)`` for each layer: a `Router` class, or one with arguments
             bound, as ``functools.partial(TopKRouter, top_k=4)``.
         init: fills the experts from the dense FFN; None is ``CopyInit()``.
+        router_init: fills the router's rows; None leaves them as the router made them.
         num_shared_experts: experts that every token goes through, beside those that it is routed to (SharedE). All are
             scaled so that step 0 stays the dense model: S shared experts and routed weights that sum to w are divided
             by S + w.
@@ -51,6 +54,7 @@ class UpcycleConfig:
     num_experts: int
     router: Callable[[int, int], Router] = TopKRouter
     init: ExpertInit | None = None
+    router_init: RouterInit | None = None
     num_shared_experts: int = 0
     capacity_factor: float | None = None
     layers: str | int | Sequence[int | str] = "all"
@@ -75,73 +79,38 @@ class UpcycleConfig:
             )
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What `upcycle` did.
-
-    Args:
-        layers: names of the modules that were replaced.
-        kept: names of the dense FFNs that were left.
-        num_experts: experts per layer, shared ones left out.
-        experts_per_token: experts that compute for one token, shared ones left out.
-        num_shared_experts: experts that compute for every token.
-        parameters: total before and after.
-        active_parameters: parameters that compute for one token, before and after.
-        preserved: whether step 0 computes exactly the dense model.
-        reason: why, or why not.
-        measured_difference: max |logit difference| to the dense model on the batch given; None without one.
-        seed: what the random numbers derive from.
-    """
-
-    layers: tuple[str, ...]
-    kept: tuple[str, ...]
-    num_experts: int
-    experts_per_token: float
-    num_shared_experts: int
-    parameters: tuple[int, int]
-    active_parameters: tuple[int, int]
-    preserved: bool
-    reason: str
-    measured_difference: float | None
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        total, active = self.parameters, self.active_parameters
-        lines = [
-            f"Upcycled {len(self.layers)} of {len(self.layers) + len(self.kept)} FFNs to {self.num_experts} experts, "
-            f"{self.experts_per_token:g} per token"
-            + (f", and {self.num_shared_experts} shared." if self.num_shared_experts else "."),
-            f"  parameters   {_human(total[0])} -> {_human(total[1])}",
-            f"  active       {_human(active[0])} -> {_human(active[1])} per token",
-            f"  step 0       {'the dense model' if self.preserved else 'NOT the dense model'}: {self.reason}",
-        ]
-        if self.measured_difference is not None:
-            lines.append(f"  measured     max |logit difference| = {self.measured_difference:.1e}")
-        return "\n".join(lines)
-
-
-def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any] | Tensor | None = None) -> Receipt:
+def upcycle(
+    model: nn.Module,
+    config: UpcycleConfig,
+    *,
+    batch: Batch | None = None,
+    calibration: Sequence[Batch] | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> Receipt:
     """Replaces dense FFNs of a model by Mixture-of-Experts layers, in place.
 
-    All layers are built before the first is put in: a model is upcycled as a whole or not at all.
+    A model is upcycled as a whole or not at all: what can be refused is refused before the first FFN is touched. Then
+    layer after layer is built and takes the place of its FFN, whose memory is free for the next, unless someone else
+    holds it: the peak is the result and one dense FFN. An initialiser that does not work from shapes alone
+    (``SplitInit(method="kmeans")`` looks at numbers) could refuse half-way, so there all layers are built before the
+    first is put in. A model on the meta device becomes one on the meta device.
 
     Args:
         model: any module with FFNs of a known family, or of ``config.family``.
         config: what to make of it.
         batch: inputs of the model, a mapping of keyword arguments or one tensor; if given, the outputs before and after
             are compared and the receipt tells the difference.
+        calibration: batches whose hidden states initialisers may look at; `CentroidRouterInit` takes each for a domain.
+            None takes ``batch``.
+        progress: wraps the names of the layers while they are built, as ``tqdm`` does.
 
     Returns:
         What was done, and how step 0 relates to the dense model.
 
     Raises:
         TypeError: if ``config`` is no `UpcycleConfig`, or if no FFN of a known family is found.
-        ValueError: if the model is upcycled already, if ``config.layers`` matches nothing, or if the router refuses its
-            arguments.
+        ValueError: if the model is upcycled already, if ``config.layers`` matches nothing, if the router refuses its
+            arguments, if an initialiser does not fit the FFNs or the router, or if it needs ``calibration``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
@@ -157,27 +126,32 @@ def upcycle(model: nn.Module, config: UpcycleConfig, *, batch: Mapping[str, Any]
     chosen = select_layers(list(dense), config.layers)
     seed = torch.initial_seed() if config.seed is None else config.seed
     init = CopyInit() if config.init is None else config.init
-    layers = {name: _build_layer(name, dense[name], config, init, seed) for name in chosen}
-    contexts = _share_contexts(model, layers)
-    before = _count(model.parameters())
+    calibration = [batch] if calibration is None and batch is not None else calibration
+    inputs = _calibrate(model, {name: dense[name] for name in chosen}, (init, config.router_init), calibration)
+    plans = {name: _plan(name, dense[name], config, init, seed, inputs.get(name)) for name in chosen}
+    contexts = _share_contexts(model, {name: plan.layer for name, plan in plans.items()})
+    before, memory = _count(model.parameters()), num_bytes(model)
+    kept = tuple(name for name in dense if name not in plans)
+    lookalikes = find_lookalikes(model, tuple(dense), config.family)
     dense_out = torch.empty(0) if batch is None else _outputs(model, batch)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    similarity = _build(model, plans, dense, inputs, progress)
     for context, watched in contexts:
         context.watch(watched)
-    first = next(iter(layers.values()))
-    _warn_if_not_causal(model, first.router)
+    router = plans[chosen[0]].layer.router
+    _warn_if_not_causal(model, router)
     after = _count(model.parameters())
-    idle = sum(_idle(layer) for layer in layers.values())
-    preserved, reason = _step_zero(first.router, init, config)
+    preserved, reason = _step_zero(router, init, config)
     return Receipt(
         layers=tuple(chosen),
-        kept=tuple(name for name in dense if name not in layers),
+        kept=kept,
+        left_dense={**dict.fromkeys(kept, f"not chosen by layers={config.layers!r}"), **lookalikes},
         num_experts=config.num_experts,
-        experts_per_token=first.router.experts_per_token,
+        experts_per_token=router.experts_per_token,
         num_shared_experts=config.num_shared_experts,
         parameters=(before, after),
-        active_parameters=(before, after - idle),
+        active_parameters=(before, after - sum(_idle(plan.layer) for plan in plans.values())),
+        memory=(memory, num_bytes(model)),
+        expert_similarity=similarity,
         preserved=preserved,
         reason=reason,
         measured_difference=None if batch is None else _difference(dense_out, _outputs(model, batch)),
@@ -238,60 +212,214 @@ def _abridge(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
-def _build_layer(name: str, dense: FFNWeights, config: UpcycleConfig, init: ExpertInit, seed: int) -> MoELayer:
+@dataclass(frozen=True)
+class _Plan:
+    # a layer that lacks nothing but the experts' weights: they are on the meta device yet
+    layer: MoELayer
+    init: ExpertInit
+    generator: torch.Generator
+    scale: float
+    shared_scale: float
+
+
+def _plan(
+    name: str, dense: FFNWeights, config: UpcycleConfig, init: ExpertInit, seed: int, inputs: list[Tensor] | None
+) -> _Plan:
+    if not name:
+        raise ValueError("The model itself is one FFN; put it into a module, as nn.Sequential(ffn).")
+    init = init.for_layer(name)
     generator = torch.Generator().manual_seed(_layer_seed(seed, name))
+    try:
+        expert_size = init.expert_size(dense.expert_size, config.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    router = _build_router(name, dense, config, init, generator, inputs, _layer_seed(seed, name))
+    experts = _build_experts(config.num_experts, expert_size, dense)
+    num_shared = config.num_shared_experts
+    # the shared experts together count S times, the routed ones together as often as their weights say
+    weights_sum = 1.0 if router.weights_sum is None else router.weights_sum
+    whole = num_shared + weights_sum
+    layer = MoELayer(
+        router,
+        experts,
+        shared_experts=_build_experts(num_shared, dense.expert_size, dense) if num_shared else None,
+        capacity_factor=config.capacity_factor,
+        dropout=dense.dropout,
+        name=name,
+    )
+    for part in (layer.experts, layer.shared_experts):
+        if part is not None:
+            part.requires_grad_(any(source.requires_grad for _, source in dense.sources))
+    scale = init.output_scale(weights_sum, config.num_experts, router.experts_per_token) * weights_sum / whole
+    return _Plan(layer, init, generator, scale, 1 / whole)
+
+
+def _build_router(
+    name: str,
+    dense: FFNWeights,
+    config: UpcycleConfig,
+    init: ExpertInit,
+    generator: torch.Generator,
+    inputs: list[Tensor] | None,
+    layer_seed: int,
+) -> Router:
     # The router draws from the global generator, as any module does: give it this layer's own numbers, then put the
     # global state back, so that upcycling shifts nobody else's.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_layer_seed(seed, name))
+        torch.manual_seed(layer_seed)
         router = config.router(dense.hidden_size, config.num_experts)
     if not isinstance(router, Router):
         raise TypeError(
             f"router={config.router!r} made a {type(router).__name__}, not a Router. Pass a Router class or a callable "
             "(hidden_size, num_experts) -> Router."
         )
-    experts = _build_experts(config.num_experts, dense)
-    init(experts, dense, generator)
-    shared = None
-    if config.num_shared_experts:
-        shared = _build_experts(config.num_shared_experts, dense)
-        CopyInit()(shared, dense, generator)
-    for part in (experts, shared):
-        _divide_output(part, config.num_shared_experts + (1.0 if router.weights_sum is None else router.weights_sum))
-    layer = MoELayer(
-        router.to(dense.up.device, dense.up.dtype),
-        experts,
-        shared_experts=shared,
-        capacity_factor=config.capacity_factor,
-        dropout=dense.dropout,
-        name=name,
-    )
-    for part in (experts, shared):
-        if part is not None:
-            part.requires_grad_(any(source.requires_grad for _, source in dense.sources))
-    return layer
+    router = router.to(dense.up.device, dense.up.dtype)
+    try:
+        # without weights there are no hidden states either
+        if config.router_init is not None and not (config.router_init.needs_inputs and dense.up.is_meta):
+            config.router_init(router, generator, inputs)
+        init.init_router(router, generator)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return router
 
 
-def _build_experts(num_experts: int, dense: FFNWeights) -> Experts:
+def _build_experts(num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
     return Experts(
         num_experts,
         dense.hidden_size,
-        dense.expert_size,
+        expert_size,
         activation=dense.activation,
         gated=dense.gate is not None,
         up_bias=dense.up_bias is not None,
         down_bias=dense.down_bias is not None,
-        device=dense.up.device,
+        inner_dropout=dense.inner_dropout,
+        device="meta",
         dtype=dense.up.dtype,
     )
 
 
+def _build(
+    model: nn.Module,
+    plans: Mapping[str, _Plan],
+    dense: dict[str, FFNWeights],
+    inputs: dict[str, list[Tensor]],
+    progress: Callable[[Sequence[str]], Iterable[str]],
+) -> float | None:
+    # Puts the planned layers in and returns the mean similarity of their experts. A dense FFN is let go of as soon as
+    # its layer stands, but where building the next one could fail.
+    streams = _works_from_shapes(plans, dense, inputs)
+    similarities = []
+    for name in progress(tuple(plans)):
+        _fill(plans[name], dense[name], inputs.pop(name, None))
+        similarities.append(expert_similarity(plans[name].layer.experts))
+        if streams:
+            _put_in(model, name, plans[name].layer, dense.pop(name).absorbed)
+    if not streams:
+        for name, plan in plans.items():
+            _put_in(model, name, plan.layer, dense[name].absorbed)
+    known = [similarity for similarity in similarities if similarity is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _works_from_shapes(
+    plans: Mapping[str, _Plan], dense: Mapping[str, FFNWeights], inputs: Mapping[str, list[Tensor]]
+) -> bool:
+    # A rehearsal on the meta device, once for each kind of FFN. What asks for numbers there fails: so whether the real
+    # thing succeeds depends on shapes alone, and on there being memory.
+    rehearsed = set()
+    for name, plan in plans.items():
+        given = {field.name: getattr(dense[name], field.name) for field in fields(FFNWeights)}
+        weights: dict[str, Any] = {key: value.to("meta") for key, value in given.items() if isinstance(value, Tensor)}
+        states = torch.cat([part.to("meta") for part in inputs[name]]) if name in inputs else None
+        kind = (
+            id(plan.init),
+            *((key, value.shape) for key, value in weights.items()),
+            None if states is None else states.shape,
+        )
+        if kind in rehearsed:
+            continue
+        rehearsed.add(kind)
+        try:
+            plan.init(plan.layer.experts, replace(dense[name], **weights), torch.Generator().manual_seed(0), states)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        except Exception:
+            return False
+    return True
+
+
+def _fill(plan: _Plan, dense: FFNWeights, inputs: list[Tensor] | None) -> None:
+    if dense.up.is_meta:
+        return
+    layer = plan.layer
+    # the activation may have weights of its own, which stay
+    layer.experts.to_empty(device=dense.up.device, recurse=False)
+    plan.init(layer.experts, dense, plan.generator, None if inputs is None else torch.cat(inputs))
+    _scale_output(layer.experts, plan.scale)
+    if layer.shared_experts is not None:
+        layer.shared_experts.to_empty(device=dense.up.device, recurse=False)
+        CopyInit()(layer.shared_experts, dense, plan.generator)
+        _scale_output(layer.shared_experts, plan.shared_scale)
+
+
+def _put_in(model: nn.Module, name: str, layer: MoELayer, absorbed: Sequence[str]) -> None:
+    _replace(model, name, layer)
+    for part in absorbed:
+        _replace(model, part, nn.Identity())
+
+
 @torch.no_grad()
-def _divide_output(experts: Experts | None, divisor: float) -> None:
-    if experts is not None and divisor != 1:
-        experts.down_proj.div_(divisor)
+def _scale_output(experts: Experts, factor: float) -> None:
+    if factor != 1:
+        experts.down_proj.mul_(factor)
         if experts.down_proj_bias is not None:
-            experts.down_proj_bias.div_(divisor)
+            experts.down_proj_bias.mul_(factor)
+
+
+def _calibrate(
+    model: nn.Module,
+    dense: Mapping[str, FFNWeights],
+    parts: Sequence[ExpertInit | RouterInit | None],
+    batches: Sequence[Batch] | None,
+) -> dict[str, list[Tensor]]:
+    # what the initialisers that look at hidden states get to see
+    needy = [part for part in parts if part is not None and part.needs_inputs]
+    if not needy or next(iter(dense.values())).up.is_meta:
+        return {}
+    if not batches:
+        raise ValueError(
+            f"{type(needy[0]).__name__} looks at hidden states of the model: give upcycle(..., calibration=[batch, "
+            "...]) some batches. With a Trainer, call it before fit; MoEUpcycleCallback leaves an upcycled model as it "
+            "is."
+        )
+    return _hidden_states(model, list(dense), batches)
+
+
+@torch.no_grad()
+def _hidden_states(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
+    # the hidden states that reach each FFN, padding left out, one tensor for each batch
+    collected: dict[str, list[Tensor]] = {name: [] for name in names}
+    mask: Tensor | None = None
+
+    def keep(name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.reshape(-1).bool()]
+        collected[name].append(rows)
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
+        for name in names
+    ]
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            _outputs(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return collected
 
 
 def _layer_seed(seed: int, name: str) -> int:
@@ -308,7 +436,11 @@ def _share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tu
     for name, layer in layers.items():
         parts = name.split(".")
         ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-        home = next((path for path in ancestors if takes_tokens(modules[path])), None)
+        # A vision tower ends the search, as its patches must not meet the text's padding mask; and so does a model of
+        # both, whose text has a model of its own inside.
+        home = next((path for path in ancestors if takes_tokens(modules[path]) or takes_pixels(modules[path])), None)
+        if home is not None and takes_pixels(modules[home]):
+            home = None
         layer.context = contexts.setdefault(home, TokenContext())
         members.setdefault(home, []).append(layer)
     for group in members.values():
@@ -317,11 +449,9 @@ def _share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tu
     return [(context, modules[path]) for path, context in contexts.items() if path is not None]
 
 
-def _replace(model: nn.Module, name: str, layer: MoELayer) -> None:
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     # a module used in several places is replaced in all of them
     dense = model.get_submodule(name)
-    if dense is model:
-        raise ValueError("The model itself is one FFN; put it into a module, as nn.Sequential(ffn).")
     layer.train(dense.training)
     for parent in list(model.modules()):
         # _modules and not named_children(): that names a child once, which a parent may have under two names
@@ -331,24 +461,24 @@ def _replace(model: nn.Module, name: str, layer: MoELayer) -> None:
 
 
 def _step_zero(router: Router, init: ExpertInit, config: UpcycleConfig) -> tuple[bool, str]:
-    if not init.copies_dense:
-        return False, f"{type(init).__name__} changes the experts."
+    kept, reason = init.step_zero(router)
+    if not kept:
+        return False, f"{reason}."
+    name = type(router).__name__
     if router.weights_sum is None:
         return False, (
-            f"the experts are copies, but the weights of {type(router).__name__} do not sum to one, nor to the "
-            "same for every token, so each FFN's output is scaled by their sum."
+            f"{reason}, but the weights of {name} do not sum to one, nor to the same for every token, so each FFN's "
+            "output is scaled by their sum."
         )
     if config.capacity_factor is not None:
         return False, (
-            f"the experts are copies, but with capacity_factor={config.capacity_factor:g} tokens are dropped in "
-            "training; in evaluation it is the dense model."
+            f"{reason}, but with capacity_factor={config.capacity_factor:g} tokens are dropped in training; in "
+            "evaluation it is the dense model."
         )
-    if config.num_shared_experts or router.weights_sum != 1:
-        return True, (
-            f"every expert, shared or routed, is a copy divided by {config.num_shared_experts + router.weights_sum:g}, "
-            "which is what the weights sum to."
-        )
-    return True, f"every expert is a copy and the weights of {type(router).__name__} sum to one."
+    shared = f", beside {config.num_shared_experts} shared" if config.num_shared_experts else ""
+    if shared or router.weights_sum != 1:
+        return True, f"{reason}{shared}, scaled by what all weights sum to."
+    return True, f"{reason} and the weights of {name} sum to one."
 
 
 def _warn_if_not_causal(model: nn.Module, router: Router) -> None:
@@ -370,13 +500,6 @@ def _generates(module: nn.Module) -> bool:
     return callable(can_generate) and bool(can_generate()) and not is_encoder_decoder
 
 
-def _human(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return str(number)
-
-
 def _count(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
@@ -387,7 +510,7 @@ def _idle(layer: MoELayer) -> int:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Tensor:
+def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,5 +1,6 @@
 """Turns the model of any LightningModule into a Mixture-of-Experts model, by being in the Trainer's list."""
 
+import textwrap
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,12 @@ from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.unreached import check_reached
-from lightning_moe.ffn import find_ffns
+from lightning_moe.ffn import FFNFamily, find_ffns
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
+from lightning_moe.receipt import Receipt
 from lightning_moe.saving import moe_recipe
-from lightning_moe.upcycle import Receipt, UpcycleConfig, check_config, upcycle
+from lightning_moe.upcycle import UpcycleConfig, check_config, upcycle
 
 CHECKPOINT_KEY = "lightning_moe"
 
@@ -63,6 +65,8 @@ class MoEUpcycleCallback(Callback):
         self.log_utilization = log_utilization
         self.module = module
         self.receipt: Receipt | None = None
+        self._receipt_written = False
+        self._saved_receipt: dict[str, Any] | None = None
         self._sources: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
         self._parts: list[Callback] = []
         self._parts_state: dict[str, Any] = {}
@@ -86,6 +90,9 @@ class MoEUpcycleCallback(Callback):
         if self._random_state is not None:
             # before the loader of a new epoch draws its order
             set_random_state(self._random_state)
+        if self.receipt is not None and not self._receipt_written:
+            _write_receipt(trainer, self.receipt)
+            self._receipt_written = True
         self._unchecked = moe_layers(pl_module)
         for layer in self._unchecked.values():
             # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
@@ -116,8 +123,15 @@ class MoEUpcycleCallback(Callback):
             self._unchecked = check_reached(pl_module, self._unchecked, optimizer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes the recipe of the MoE layers into the checkpoint, as plain Python."""
+        """Writes the recipe of the MoE layers, and the receipt, into the checkpoint, as plain Python."""
         checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family)
+        receipt = self._saved_receipt if self.receipt is None else self.receipt.to_dict()
+        if receipt is not None:
+            checkpoint[CHECKPOINT_KEY]["receipt"] = receipt
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the receipt of a model that was upcycled in an earlier run."""
+        self._saved_receipt = checkpoint.get(CHECKPOINT_KEY, {}).get("receipt")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generators, which Lightning does not save.
@@ -193,12 +207,8 @@ class MoEUpcycleCallback(Callback):
                 raise MisconfigurationException(
                     f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
                 ) from error
-        dense = find_ffns(target, self.config.family)
-        prefix = "" if self.module is None else f"{self.module}."
-        for name, weights in dense.items():
-            for canonical, parameter in weights.sources:
-                self._sources[id(parameter)] = (weakref.ref(parameter), f"{prefix}{name}/{canonical}")
-        self.receipt = upcycle(target, self.config)
+        self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
+        self.receipt, self._receipt_written = upcycle(target, self.config), False
         for name, layer in moe_layers(pl_module).items():
             layer.name = name
         rank_zero_info(str(self.receipt))
@@ -223,6 +233,27 @@ class MoEUpcycleCallback(Callback):
                     unique = {id(p): p for p in new}
                     present |= set(unique)
                     group["params"] = kept + list(unique.values())
+
+
+def _sources(
+    target: nn.Module, family: FFNFamily | None, prefix: str
+) -> dict[int, tuple[weakref.ref[nn.Parameter], str]]:
+    # weak references, and made in a function: whoever holds a dense FFN keeps its memory while the next layer is built
+    return {
+        id(parameter): (weakref.ref(parameter), f"{prefix}{name}/{canonical}")
+        for name, weights in find_ffns(target, family).items()
+        for canonical, parameter in weights.sources
+    }
+
+
+def _write_receipt(trainer: Trainer, receipt: Receipt) -> None:
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        # duck typing: SummaryWriter, whichever logger wraps it; it shows Markdown, where four spaces keep the columns
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_text"):
+            writer.add_text("moe/receipt", textwrap.indent(str(receipt), "    "), 0)
 
 
 def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:

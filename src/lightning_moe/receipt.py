@@ -1,0 +1,141 @@
+"""What an upcycling did: in words, in plain Python, and measured."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_moe.experts import Experts
+from lightning_moe.metrics.similarity import pair_cosines
+
+# Of the experts' weights this many are looked at together: 4 MB in float32, whatever the layer's size.
+_CHUNK = 2**20
+_MAX_REASONS = 4
+_BYTES = ("GB", "MB", "kB", "bytes")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `upcycle` did.
+
+    Args:
+        layers: names of the modules that were replaced.
+        kept: names of the dense FFNs that were left.
+        left_dense: why, for each of these, and for what only looks like an FFN: its name to the reason.
+        num_experts: experts per layer, shared ones left out.
+        experts_per_token: experts that compute for one token, shared ones left out.
+        num_shared_experts: experts that compute for every token.
+        parameters: total before and after.
+        active_parameters: parameters that compute for one token, before and after.
+        memory: bytes of the parameters and buffers as they are stored, before and after.
+        expert_similarity: mean cosine of the weights of two experts of a layer, shared ones left out, over all pairs
+            and layers: 1 are copies, 0 are strangers; None with one expert, or without weights (on the meta device).
+        preserved: whether step 0 computes exactly the dense model.
+        reason: why, or why not.
+        measured_difference: max |logit difference| to the dense model on the batch given; None without one.
+        seed: what the random numbers derive from.
+    """
+
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    left_dense: Mapping[str, str]
+    num_experts: int
+    experts_per_token: float
+    num_shared_experts: int
+    parameters: tuple[int, int]
+    active_parameters: tuple[int, int]
+    memory: tuple[int, int]
+    expert_similarity: float | None
+    preserved: bool
+    reason: str
+    measured_difference: float | None
+    seed: int
+
+    @property
+    def parameters_added(self) -> int:
+        """How many more parameters there are."""
+        return self.parameters[1] - self.parameters[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, for JSON."""
+        return {**asdict(self), "left_dense": dict(self.left_dense), "parameters_added": self.parameters_added}
+
+    def __str__(self) -> str:
+        total, active, memory = self.parameters, self.active_parameters, self.memory
+        shared = f", and {self.num_shared_experts} shared" if self.num_shared_experts else ""
+        added = f"{'+' if self.parameters_added >= 0 else '-'}{_human(abs(self.parameters_added))}"
+        rows = [
+            ("parameters", f"{_human(total[0])} -> {_human(total[1])} ({added})"),
+            ("active", f"{_human(active[0])} -> {_human(active[1])} per token"),
+            ("memory", f"{_human(memory[0], _BYTES)} -> {_human(memory[1], _BYTES)}"),
+        ]
+        if self.expert_similarity is not None:
+            rows.append(("similarity", f"{self.expert_similarity:.3f}, mean cosine of two experts' weights"))
+        rows.append(("step 0", f"{'the dense model' if self.preserved else 'NOT the dense model'}: {self.reason}"))
+        if self.measured_difference is not None:
+            rows.append(("measured", f"max |logit difference| = {self.measured_difference:.1e}"))
+        rows += [("left dense", line) for line in _by_reason(self.left_dense)]
+        title = (
+            f"Upcycled {len(self.layers)} of {len(self.layers) + len(self.kept)} FFNs to {self.num_experts} experts, "
+            f"{self.experts_per_token:g} per token{shared}."
+        )
+        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
+
+
+@torch.no_grad()
+def expert_similarity(experts: Experts) -> float | None:
+    """Mean cosine of the weights of two experts, biases included: `ExpertWeightCosine`, in constant memory.
+
+    Args:
+        experts: of one layer.
+
+    Returns:
+        The mean over all pairs; None with one expert, or on the meta device.
+
+    Example:
+        >>> from lightning_moe.experts import Experts
+        >>> experts = Experts(2, 4, 8)
+        >>> for parameter in experts.parameters():
+        ...     parameter.data.fill_(1.0)[0] *= 2
+        >>> f"{expert_similarity(experts):.3f}"
+        '1.000'
+    """
+    weights = list(experts.parameters(recurse=False))
+    num_experts = experts.num_experts
+    if num_experts < 2 or any(weight.is_meta for weight in weights):
+        return None
+    gram = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=weights[0].device)
+    for weight in weights:
+        for part in weight.detach().flatten(1).split(max(1, _CHUNK // num_experts), dim=1):
+            rows = part.to(torch.promote_types(part.dtype, torch.float32))
+            gram += rows @ rows.T
+    total, pairs = pair_cosines(gram)
+    return float(total / pairs)
+
+
+def num_bytes(model: nn.Module) -> int:
+    """The bytes of a model's parameters and buffers, each counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
+
+
+def _by_reason(left_dense: Mapping[str, str]) -> list[str]:
+    # one line for each reason: the receipt stays on one screen, however many FFNs there are
+    names: dict[str, list[str]] = {}
+    for name, reason in left_dense.items():
+        names.setdefault(reason, []).append(name)
+    lines = [
+        f"{', '.join(group) if len(group) <= 2 else f'{group[0]}, ... ({len(group)} in all)'}: {reason}"
+        for reason, group in names.items()
+    ]
+    hidden = len(lines) - _MAX_REASONS
+    return lines if hidden <= 0 else [*lines[:_MAX_REASONS], f"and more, for {hidden} other reasons: see to_dict()"]
+
+
+def _human(number: int, units: tuple[str, ...] = ("B", "M", "K", "")) -> str:
+    for unit, size in zip(units, (1e9, 1e6, 1e3), strict=False):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number} {units[-1]}".rstrip()

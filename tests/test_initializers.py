@@ -1,0 +1,426 @@
+"""What an initialiser makes of a dense FFN: which weights, which router, and what step 0 computes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from catalogue import FAMILY_ROWS, INIT_ROWS, ROUTER_INIT_ROWS, logits, token_ids
+from torch import nn
+
+from lightning_moe import (
+    ROUTER_INITIALIZERS,
+    CentroidRouterInit,
+    CosineRouter,
+    DropInit,
+    ExpertLoad,
+    GranularInit,
+    HashRouter,
+    KMeansRouterInit,
+    LossFreeRouter,
+    NoiseInit,
+    NoisyTopKRouter,
+    NormalRouterInit,
+    OrthogonalRouterInit,
+    SigmoidRouter,
+    SplitInit,
+    TopKRouter,
+    UpcycleConfig,
+    find_ffns,
+    load_moe,
+    moe_layers,
+    record_routing,
+    save_moe,
+    upcycle,
+)
+from lightning_moe.initializers.split import balanced_kmeans
+
+E = 8
+PROMISE = 1e-5
+FAMILIES = {"gated": "llama", "gated with biases": "llama_biases", "not gated": "gpt2"}
+every_init = pytest.mark.parametrize("row", INIT_ROWS.values(), ids=INIT_ROWS)
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def dense_model(family="llama"):
+    """Weights large enough that a mistake shows, and a bias that is not zero."""
+    torch.manual_seed(1)
+    model = FAMILY_ROWS[family].build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def routed(cls, top_k, **arguments):
+    def make(hidden_size, num_experts):
+        return cls(hidden_size, num_experts, **{"top_k": top_k, "init_std": 0.5, **arguments})
+
+    return make
+
+
+def made(init, family="llama", router=None, num_experts=E, **changes):
+    """The dense model, what became of it, and the receipt, with a calibration batch for those that look at one."""
+    dense = dense_model(family)
+    moe = copy.deepcopy(dense)
+    config = UpcycleConfig(
+        num_experts=num_experts, router=router or routed(TopKRouter, 4), init=init, seed=3, **changes
+    )
+    return dense, moe, upcycle(moe, config, batch=FAMILY_ROWS[family].batch())
+
+
+def difference(dense, moe, family="llama"):
+    batch = FAMILY_ROWS[family].batch()
+    wanted = logits(dense, batch)
+    return ((logits(moe, batch) - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
+
+
+# --- step 0, and the receipt ---
+
+ROUTERS = {
+    "softmax": routed(TopKRouter, 4),
+    "softmax, straight through": routed(TopKRouter, 4, normalize="straight_through"),
+    "softmax, raw": routed(TopKRouter, 4, normalize=False),
+    "softmax, three experts": routed(TopKRouter, 3),
+    "softmax with noise": routed(TopKRouter, 4, noise_std=1.0),
+    "softmax, all experts": routed(TopKRouter, 8),
+    "sigmoid": routed(SigmoidRouter, 4),
+    "sigmoid with dropped experts": routed(SigmoidRouter, 4, expert_dropout=0.5),
+    "bias and scale": routed(LossFreeRouter, 4, routed_scaling=2.5),
+    "learnt noise": routed(NoisyTopKRouter, 4),
+    "cosine": lambda hidden_size, num_experts: CosineRouter(hidden_size, num_experts, top_k=4, projection_size=8),
+}
+
+
+@every_init
+@every_family
+@pytest.mark.parametrize("num_shared", [0, 1])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_receipt_tells_the_truth_about_step_zero(row, family, router, num_shared):
+    dense, moe, receipt = made(row(), family, ROUTERS[router], num_shared_experts=num_shared)
+    batch = FAMILY_ROWS[family].batch()
+    torch.manual_seed(0)
+    for layer in moe_layers(moe).values():
+        layer.router.train()  # and not the model, which has dropouts of its own
+    in_training = difference(dense, moe, family)
+    kept = max(difference(dense, moe.eval(), family), in_training) <= PROMISE
+    assert receipt.preserved == kept, receipt
+    assert receipt.measured_difference == pytest.approx(
+        (logits(moe, batch) - logits(dense, batch)).abs().max().item(), rel=1e-3, abs=1e-6
+    )
+
+
+def test_what_is_kept_is_not_nothing():
+    kept = [name for name, row in INIT_ROWS.items() if made(row())[2].preserved]
+    assert kept == ["copy", "granular", "granular_4"]
+
+
+@every_family
+@pytest.mark.parametrize(("granularity", "top_k"), [(2, 2), (2, 4), (2, 6), (4, 4), (4, 8)])
+def test_granular_experts_are_the_dense_ffn_together(family, granularity, top_k):
+    dense, moe, receipt = made(GranularInit(granularity), family, routed(TopKRouter, top_k))
+    assert receipt.preserved
+    assert "whole copies" in receipt.reason
+    assert difference(dense, moe, family) <= PROMISE
+
+
+@every_init
+@every_family
+def test_trains_saves_and_loads(row, family, tmp_path):
+    _, moe, _ = made(row(), family)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    ids = token_ids(3, 7)
+    for _ in range(2):
+        moe(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_moe(moe, tmp_path)
+    assert torch.equal(logits(load_moe(tmp_path), {"input_ids": ids}), logits(moe.eval(), {"input_ids": ids}))
+
+
+@every_init
+def test_layers_differ_and_the_seed_repeats_them(row):
+    first, again, other = (made(row())[1], made(row())[1], dense_model())
+    config = UpcycleConfig(num_experts=E, router=routed(TopKRouter, 4), init=row(), seed=4)
+    upcycle(other, config, batch=FAMILY_ROWS["llama"].batch())
+    for one, same in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, same)
+    layers, others = (list(moe_layers(model).values()) for model in (first, other))
+    assert not torch.equal(layers[0].router.gate, layers[1].router.gate)
+    if not row.cls.copies_dense and row.cls is not GranularInit and row.arguments.get("method") != "kmeans":
+        assert any(
+            not torch.equal(one, two)
+            for one, two in zip(layers[0].experts.parameters(), others[0].experts.parameters(), strict=True)
+        )
+
+
+# --- the weights ---
+
+
+def weights_of(model, layer="model.layers.0.mlp"):
+    ffn = find_ffns(model)[layer]
+    return [weight for weight in (ffn.gate, ffn.up, ffn.down) if weight is not None]
+
+
+def expert_weights(moe, layer="model.layers.0.mlp"):
+    """Gate, up and down of each expert: lists of (E, F, D), the down projection turned so that rows are neurons."""
+    experts = moe_layers(moe)[layer].experts
+    gate, up = experts.gate_up_proj.split(experts.expert_size, dim=1)
+    return [gate, up, experts.down_proj.transpose(1, 2)]
+
+
+def wide_model(width=256, hidden_size=32):
+    """One SwiGLU FFN, wide enough for statistics."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+            self.up_proj = nn.Linear(hidden_size, width, bias=False)
+            self.down_proj = nn.Linear(width, hidden_size, bias=False)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    return nn.Sequential(Gated())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_dropped_experts_have_so_much_in_common(ratio):
+    torch.manual_seed(0)
+    model = wide_model()
+    upcycle(model, UpcycleConfig(num_experts=6, init=DropInit(ratio), seed=0))
+    for weight in expert_weights(model, "0"):
+        flat = nn.functional.normalize(weight.flatten(1), dim=1)
+        cosines = (flat @ flat.T)[~torch.eye(6, dtype=torch.bool)]
+        assert (cosines - (1 - ratio) ** 2).abs().max() < 0.05
+
+
+def test_dropped_neurons_are_the_same_in_all_projections_and_keep_their_statistics():
+    torch.manual_seed(0)
+    model = wide_model()
+    dense = weights_of(model, "0")
+    dense[2] = dense[2].t()
+    upcycle(model, UpcycleConfig(num_experts=4, init=DropInit(0.5), seed=0))
+    for expert in range(4):
+        changed = []
+        for weight, source in zip(expert_weights(model, "0"), dense, strict=True):
+            rows = (weight[expert] != source).any(1)
+            changed.append(rows)
+            assert int(rows.sum()) == 128
+            # 4096 numbers: a mean off by a standard error of 1/64 of the deviation, times four
+            assert abs(weight[expert][rows].mean() - source.mean()) < 4 / 64 * source.std()
+            assert abs(weight[expert][rows].std() / source.std() - 1) < 4 / 64
+        assert torch.equal(changed[0], changed[1])
+        assert torch.equal(changed[0], changed[2])
+
+
+def test_the_variant_of_the_repository_leaves_an_eighth_whole():
+    torch.manual_seed(0)
+    model = wide_model(width=1024)
+    dense = weights_of(model, "0")
+    dense[2] = dense[2].t()
+    upcycle(model, UpcycleConfig(num_experts=2, init=DropInit(0.5, variant="repo"), seed=0))
+    whole = torch.ones(2, 1024, dtype=torch.bool)
+    for weight, source in zip(expert_weights(model, "0"), dense, strict=True):
+        kept = (weight == source).all(-1)
+        assert kept.sum(1).tolist() == [512, 512]
+        whole &= kept
+    # 1024 times (1/2)^3, with a standard deviation of about 10
+    assert all(90 < count < 170 for count in whole.sum(1).tolist())
+
+
+@pytest.mark.parametrize(("fraction", "replaced"), [(1.0, False), (0.5, False), (0.5, True)])
+def test_noise_has_the_size_it_says(fraction, replaced):
+    torch.manual_seed(0)
+    model = wide_model()
+    dense = weights_of(model, "0")
+    dense[2] = dense[2].t()
+    upcycle(model, UpcycleConfig(num_experts=2, init=NoiseInit(0.1, fraction, replaced), seed=0))
+    for weight, source in zip(expert_weights(model, "0"), dense, strict=True):
+        hit = weight[0] != source
+        assert abs(hit.float().mean() - fraction) < 0.03
+        noise, wanted = (weight[0][hit], 0.1) if replaced else ((weight[0] - source)[hit], 0.1 * source.std().item())
+        assert noise.std().item() == pytest.approx(wanted, rel=0.05)
+        assert not torch.equal(weight[0], weight[1])
+
+
+@pytest.mark.parametrize("method", ["random", "kmeans", "activation"])
+@every_family
+def test_splitting_shares_every_neuron_out_once(method, family):
+    dense, moe, receipt = made(SplitInit(method), family, num_experts=4, router=routed(TopKRouter, 2))
+    name = FAMILY_ROWS[family].names[0]
+    experts, ffn = moe_layers(moe)[name].experts, find_ffns(dense)[name]
+    rows = experts.first_proj[:, : experts.expert_size].reshape(-1, 16)  # the gate's where there is one
+    source = ffn.up if ffn.gate is None else ffn.gate
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, source.tolist()))
+    router = sum(p.numel() for layer in moe_layers(moe).values() for p in layer.router.parameters())
+    biases = 0 if ffn.down_bias is None else 3 * 16 * len(moe_layers(moe))  # the down bias, four times
+    assert receipt.parameters[1] == receipt.parameters[0] + router + biases
+
+
+@every_family
+def test_splitting_is_the_dense_model_if_every_expert_is_taken_alike(family):
+    dense, moe, _ = made(SplitInit(), family, num_experts=4, router=routed(TopKRouter, 4, init_std=0.0))
+    assert difference(dense, moe, family) <= PROMISE
+
+
+def test_balanced_kmeans_finds_clusters_of_equal_size():
+    torch.manual_seed(0)
+    centres = 10 * torch.eye(4, 6)
+    points = centres.repeat_interleave(5, 0) + 0.1 * torch.randn(20, 6)
+    shuffled = torch.randperm(20)
+    best = min(
+        (balanced_kmeans(points[shuffled], 4, 10, torch.Generator().manual_seed(seed)) for seed in range(8)),
+        key=lambda found: sum(points[shuffled][found == c].var(0).sum() for c in range(4)),
+    )
+    assert torch.bincount(best).tolist() == [5] * 4
+    groups = [set((shuffled[best == c] // 5).tolist()) for c in range(4)]
+    assert sorted(groups, key=min) == [{0}, {1}, {2}, {3}]
+
+
+def test_granular_selects_whole_groups_of_low_precision_states():
+    torch.manual_seed(0)
+    model = nn.Sequential(*wide_model(width=64, hidden_size=64)).bfloat16()
+    model = nn.Sequential(model)
+    upcycle(model, UpcycleConfig(num_experts=32, router=routed(TopKRouter, 8, init_std=0.02), init=GranularInit(4)))
+    router = next(iter(moe_layers(model).values())).router
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        groups = router(x).expert_ids.view(20_000, 8) // 4
+        counts = torch.zeros(20_000, 8).scatter_add_(1, groups, torch.ones(20_000, 8))
+        assert sorted(set(counts.flatten().tolist())) == [0, 4]
+
+
+# --- the router's rows ---
+
+
+def test_router_initialisers_have_rows():
+    assert {row.cls for row in ROUTER_INIT_ROWS.values()} == set(ROUTER_INITIALIZERS)
+
+
+def with_rows(init, calibration=None, num_experts=4, router=None):
+    model = dense_model()
+    config = UpcycleConfig(num_experts=num_experts, router=router or TopKRouter, router_init=init, seed=3)
+    receipt = upcycle(model, config, calibration=calibration)
+    return model, receipt
+
+
+@pytest.mark.parametrize("row", ROUTER_INIT_ROWS.values(), ids=ROUTER_INIT_ROWS)
+def test_rows_are_of_the_size_asked_for_and_each_layer_has_its_own(row):
+    calibration = [FAMILY_ROWS["llama"].batch(length=5 + n) for n in range(4)]
+    model, receipt = with_rows(row(), calibration)
+    gates = [layer.router.gate for layer in moe_layers(model).values()]
+    assert receipt.preserved
+    assert not torch.equal(gates[0], gates[1])
+    for gate in gates:
+        if row.cls is NormalRouterInit:
+            assert gate.std().item() == pytest.approx(0.1, rel=0.3)
+        else:
+            torch.testing.assert_close(gate.norm(dim=1), torch.full((4,), 0.1 * math.sqrt(16)))
+    again, _ = with_rows(row(), calibration)
+    for gate, layer in zip(gates, moe_layers(again).values(), strict=True):
+        assert torch.equal(gate, layer.router.gate)
+
+
+def test_orthogonal_rows():
+    model, _ = with_rows(OrthogonalRouterInit(0.1))
+    for layer in moe_layers(model).values():
+        torch.testing.assert_close(
+            layer.router.gate @ layer.router.gate.T, 0.01 * 16 * torch.eye(4), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_almost_equal_scores_and_yet_no_tie():
+    model, _ = with_rows(NormalRouterInit(1e-4))
+    with record_routing() as window, torch.no_grad():
+        model(**FAMILY_ROWS["llama"].batch(16, 16))
+    for routing in window.values():
+        assert (routing.scores - 0.25).abs().max() < 1e-3
+        load = ExpertLoad(4)
+        load.update(routing)
+        assert bool((load.compute() > 0).all())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_domain_goes_to_its_expert(masked):
+    # domains of two words each; padding is a word of its own, which must not count
+    domains = [torch.tensor([[5 + 10 * d, 6 + 10 * d] * 4]) for d in range(4)]
+    batches = [{"input_ids": ids} for ids in domains]
+    if masked:
+        pad = torch.full((1, 8), 3)
+        mask = torch.tensor([[1] * 8 + [0] * 8])
+        batches = [{"input_ids": torch.cat([ids, pad], 1), "attention_mask": mask} for ids in domains]
+    model, _ = with_rows(CentroidRouterInit(1.0), batches)
+    plain, _ = with_rows(CentroidRouterInit(1.0), [{"input_ids": ids} for ids in domains])
+    hits = 0
+    for domain, ids in enumerate(domains):
+        with record_routing() as window, torch.no_grad():
+            model(input_ids=ids)
+        best = window["model.layers.0.mlp"].expert_ids.view(8, 2)[:, 0]
+        hits += int((best == domain).sum())
+    assert hits >= 20  # of 32; by chance 8
+    if masked:
+        gates = (m.model.layers[0].mlp.router.gate for m in (model, plain))
+        torch.testing.assert_close(*gates, rtol=1e-4, atol=1e-5)
+
+
+def test_kmeans_rows_spread_the_tokens_they_were_made_of():
+    batch = FAMILY_ROWS["llama"].batch(16, 16)
+    loads = {}
+    for init in (KMeansRouterInit(0.5), NormalRouterInit(0.5)):
+        model, _ = with_rows(init, [batch])
+        with record_routing() as window, torch.no_grad():
+            model(**batch)
+        entropies = [routing.scores.mean(0) for routing in window.values()]
+        loads[type(init)] = min(float(-(p * p.log()).sum()) for p in entropies)
+    assert loads[KMeansRouterInit] > 0.9 * math.log(4)
+
+
+# --- refused in words ---
+
+
+@pytest.mark.parametrize(
+    ("init", "changes", "message"),
+    [
+        (GranularInit(3), {}, r"model\.layers\.0\.mlp: granularity=3 does not divide num_experts, 8"),
+        (GranularInit(5), {"num_experts": 5}, r"granularity=5 does not divide the FFN's width, 24"),
+        (GranularInit(2), {"router": HashRouter}, "HashRouter has not one row per expert"),
+        (SplitInit(), {"num_experts": 7}, "num_experts=7 does not divide the FFN's width, 24"),
+        (None, {"router_init": CentroidRouterInit()}, "1 calibration batches for 8 experts"),
+        (None, {"router_init": OrthogonalRouterInit(), "num_experts": 17}, "17 experts cannot have orthogonal rows"),
+        (None, {"router_init": NormalRouterInit(), "router": ROUTERS["cosine"]}, "CosineRouter has not"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_changes(init, changes, message):
+    dense = dense_model()
+    before = [name for name, _ in dense.named_modules()]
+    config = UpcycleConfig(**{"num_experts": E, "router": routed(TopKRouter, 4), "init": init, **changes})
+    with pytest.raises(ValueError, match=message):
+        upcycle(dense, config, batch=FAMILY_ROWS["llama"].batch())
+    assert [name for name, _ in dense.named_modules()] == before
+
+
+@pytest.mark.parametrize("changes", [{"init": SplitInit("activation")}, {"router_init": KMeansRouterInit()}])
+def test_what_looks_at_hidden_states_wants_a_batch(changes):
+    with pytest.raises(ValueError, match=r"looks at hidden states of the model: give upcycle\(\.\.\., calibration="):
+        upcycle(dense_model(), UpcycleConfig(num_experts=4, **changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoiseInit(std=-1.0), "std=-1"),
+        (lambda: NoiseInit(fraction=0.0), "fraction=0"),
+        (lambda: DropInit(ratio=1.5), r"ratio=1\.5"),
+        (lambda: GranularInit(0), "granularity=0"),
+        (lambda: NormalRouterInit(0.0), "std=0"),
+        (lambda: OrthogonalRouterInit(-1.0), "std=-1"),
+        (lambda: CentroidRouterInit(0.0), "std=0"),
+        (lambda: KMeansRouterInit(num_iterations=0), "num_iterations=0"),
+    ],
+)
+def test_arguments_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
