@@ -189,7 +189,7 @@ def test_the_multiplier_moves_by_its_rate_and_by_all_layers_together():
         loss.step()
         assert loss.multiplier.item() == pytest.approx(wanted)
     with torch.no_grad():
-        loss(routing(20))  # validation is not to steer
+        loss.eval()(routing(20))  # validation is not to steer
     loss.step()
     assert loss.multiplier.item() == pytest.approx(1.0)
 

@@ -5,31 +5,42 @@ Where it takes a line, the mistake itself is computed beside the right thing, so
 
 import copy
 import math
+import re
 import subprocess
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from catalogue import FAMILY_ROWS, ROUTER_ROWS, Block, TwoLinear, logits
+from lightning.pytorch import LightningModule
 from lightning_fixtures import (
     FFNS,
     MOE_PARAMETERS,
+    VOCABULARY,
     BalanceSum,
     ForeignModule,
     GradientRecorder,
     batches,
     loader,
+    run_script,
     same_gradients,
     small_config,
     trainer_of,
     two_ranks,
 )
+from test_examples import CONFIGS
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lightning_moe import (
     BALANCE_LOSSES,
     ROUTERS,
+    AdaptiveL1Loss,
+    BalanceLossCallback,
     CosineRouter,
     Experts,
     LoadBalancingLoss,
@@ -51,9 +62,17 @@ from lightning_moe import (
     upcycle,
     z_loss,
 )
-from lightning_moe.metrics import ExpertCoactivation, MaxViolation, OutputSimilarity, RouterSaturation
+from lightning_moe.metrics import (
+    ExpertCoactivation,
+    MaxViolation,
+    OutputSimilarity,
+    RouterSaturation,
+    RoutingChangeRate,
+    RoutingEntropy,
+)
 from lightning_moe.routing import observe_routing
 
+ROOT = Path(__file__).parents[1]
 E = 5
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 not_causal = pytest.mark.filterwarnings("ignore:.*routing depend on later tokens")
@@ -71,6 +90,17 @@ def collapsed(expert, num_tokens=8, num_experts=4):
     logits = torch.full((num_tokens, num_experts), -30.0)
     logits[:, expert] = 0
     return routing_from(logits, 1)
+
+
+@contextmanager
+def observed(loss):
+    """Keeps the values of one balance loss; a test that fails inside leaves no observer to the next."""
+    seen = []
+    stop = observe_routing(lambda name, routing, losses: seen.append(losses[loss].item()))
+    try:
+        yield seen
+    finally:
+        stop()
 
 
 # --- the twelve defects of the seed ---
@@ -132,19 +162,20 @@ def test_seed_04_every_layer_has_its_own_router(cls):
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
-def test_seed_05_the_balance_losses_can_be_seen_without_gradients():
-    layer = MoELayer(TopKRouter(6, E, init_std=1.0), Experts(E, 6, 8), name="mlp")
+@pytest.mark.parametrize("loss", BALANCE_LOSSES, ids=lambda loss: loss.__name__)
+def test_seed_05_the_balance_losses_can_be_seen_without_gradients(loss):
+    name = {"LoadLoss": "noisy_top_k", "NullRewardLoss": "null_experts"}.get(loss.__name__, "top_k_3")
+    layer = MoELayer(ROUTER_ROWS[name](6, E).eval(), Experts(E, 6, 8), name="mlp")
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter)
-    layer.balance_losses["load_balancing_loss"] = LoadBalancingLoss()
-    seen = []
-    stop = observe_routing(lambda name, routing, losses: seen.append(losses["load_balancing_loss"].item()))
+    layer.balance_losses["loss"] = loss(1.0)
     x = torch.randn(2, 7, 6)
-    layer(x)
-    with torch.no_grad():
+    with observed("loss") as seen:
         layer(x)
-    stop()
-    assert seen[0] == seen[1] > 1
+        with torch.no_grad():
+            layer(x)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-6)
+    assert seen[0] > 0
 
 
 @not_causal
@@ -159,6 +190,30 @@ def test_seed_06_the_state_dict_holds_all_that_routing_depends_on(name, tmp_path
     save_moe(model, tmp_path)
     batch = FAMILY_ROWS["llama"].batch()
     assert torch.equal(logits(load_moe(tmp_path), batch), logits(model.eval(), batch))
+
+
+class Validated(ForeignModule):
+    """Keeps what each layer's losses are in validation, and what they are in truth."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.truth = [], []
+
+    def validation_step(self, batch, batch_idx):
+        assert not torch.is_grad_enabled()
+        with record_routing() as window, observed("load_balancing_loss") as seen:
+            super().validation_step(batch, batch_idx)
+        self.seen += seen
+        self.truth += [reference.load_balancing_loss(routing).item() for routing in window.values()]
+
+
+def test_seed_05_validation_during_training_sees_the_balance_losses(tmp_path):
+    module = Validated()
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config())], num_sanity_val_steps=0)
+    trainer.fit(module, loader(batches(2)), loader(batches(3, padding=True, seed=9)))
+    assert module.seen == pytest.approx(module.truth, rel=1e-5)
+    assert len(module.seen) == 3 * len(FFNS)
+    assert min(module.seen) > 0.5
 
 
 class Tower(ForeignModule):
@@ -178,21 +233,100 @@ class Tower(ForeignModule):
 
 @pytest.mark.parametrize(("layer", "unused"), [(-1, False), (-2, True)])
 def test_seed_07_a_layer_that_the_loss_does_not_reach_is_told_of(tmp_path, layer, unused, recwarn):
-    images = [torch.randn(2, 4, 8) for _ in range(3)]
     module, callback = Tower(layer), MoEUpcycleCallback(small_config())
     if unused:
         with pytest.warns(MoEWarning, match=r"1 MoE layer got no gradient in the first step: .*net\.1\.ffn"):
-            trainer_of(tmp_path, [callback]).fit(module, loader(images))
+            trainer_of(tmp_path, [callback]).fit(module, loader(images()))
     else:
-        trainer_of(tmp_path, [callback]).fit(module, loader(images))
+        trainer_of(tmp_path, [callback]).fit(module, loader(images()))
         assert not [w for w in recwarn if issubclass(w.category, MoEWarning)]
     assert len(moe_layers(module)) == 2
+
+
+def images(count=3):
+    return [torch.randn(2, 4, 8) for _ in range(count)]
+
+
+def test_seed_07_the_way_out_of_the_message_is_one(tmp_path, recwarn):
+    module = Tower(-2)
+    trainer_of(tmp_path, [MoEUpcycleCallback(small_config(layers=":-1"))]).fit(module, loader(images()))
+    assert list(moe_layers(module)) == ["net.0.ffn"]
+    assert not [w for w in recwarn if issubclass(w.category, MoEWarning)]
+
+
+class FrozenTower(Tower):
+    """Its FFNs, and so its experts, stay as they are; the routers learn."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.net.requires_grad_(False)
+
+
+class WatchedTower(Tower):
+    """Adds a loss on the routing itself: the router has a gradient then, and the experts have none."""
+
+    def training_step(self, batch, batch_idx):
+        with record_routing() as window:
+            loss = super().training_step(batch, batch_idx)
+        return loss + sum(z_loss(routing) for routing in window.values())
+
+
+class SkippingTower(Tower):
+    """Has no loss for the first batch, so that nothing has a gradient at the first step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch_idx else None
+
+
+@pytest.mark.parametrize("kind", [FrozenTower, WatchedTower, SkippingTower])
+@pytest.mark.parametrize(("layer", "told"), [(-1, 0), (-2, 1)])
+def test_seed_07_what_else_has_a_gradient_does_not_matter(tmp_path, kind, layer, told, recwarn):
+    options = {"accumulate_grad_batches": 2} if kind is WatchedTower else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", MoEWarning)
+        trainer_of(tmp_path, [MoEUpcycleCallback(small_config())], **options).fit(kind(layer), loader(images(4)))
+    # once, and not at every step
+    assert len([w for w in recwarn if issubclass(w.category, MoEWarning)]) == told
+
+
+class Turns(Tower):
+    """Two towers with an optimizer each, which train in turns: each step one half of the model has no gradient."""
+
+    def __init__(self):
+        super().__init__(-1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizer = optimizers[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(self.net[batch_idx % 2](batch).square().sum())
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=1e-3) for part in self.net]
+
+
+def test_seed_07_a_layer_is_judged_by_the_step_of_its_own_optimizer(tmp_path, recwarn):
+    trainer_of(tmp_path, [MoEUpcycleCallback(small_config())]).fit(Turns(), loader(images(4)))
+    assert not [w for w in recwarn if issubclass(w.category, MoEWarning)]
 
 
 @not_causal
 @pytest.mark.parametrize(
     ("name", "shared", "active"),
-    [("top_k", 0, 2), ("top_k", 1, 3), ("switch", 0, 1), ("null_experts", 0, 3 * 5 / 7), ("hash", 0, 1)],
+    [
+        ("top_k", 0, 2),
+        ("top_k", 1, 3),
+        ("switch", 0, 1),
+        ("null_experts", 0, 3 * 5 / 7),
+        # of 3 choices; 4 experts without computation take 1 / 0.75 of the tokens of an FFN
+        ("moe_plus_plus", 0, 3 * 5 / (5 + 4 / 0.75)),
+        ("moe_plus_plus", 2, 3 * 5 / (5 + 4 / 0.75) + 2),
+        ("hash", 0, 1),
+        ("hash_3", 1, 4),
+    ],
 )
 def test_seed_08_only_active_experts_count(name, shared, active):
     row = FAMILY_ROWS["llama"]
@@ -204,14 +338,46 @@ def test_seed_08_only_active_experts_count(name, shared, active):
     assert receipt.parameters[1] == outside + routers + 2 * (E + shared) * row.ffn_parameters
 
 
+@pytest.mark.parametrize("num_experts", [5, 20])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_seed_08_only_active_experts_compute(num_experts, shared):
+    layer = MoELayer(
+        TopKRouter(8, num_experts, top_k=2, init_std=1.0),
+        Experts(num_experts, 8, 12),
+        shared_experts=Experts(shared, 8, 12) if shared else None,
+    )
+    for name, parameter in layer.named_parameters():
+        if "experts" in name:
+            nn.init.normal_(parameter, std=0.3)
+    # in float64 the experts are looped over, and torch counts what each multiplication costs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer.double()(torch.randn(1, 7, 8, dtype=torch.float64))
+    ffn = 2 * 3 * 8 * 12
+    assert counter.get_total_flops() == 7 * ((2 + shared) * ffn + 2 * 8 * num_experts)
+
+
 def test_seed_09_every_configuration_in_the_repository_is_stepped_in_ci():
-    root = Path(__file__).parents[1]
-    script = (root / ".ci" / "run").read_text()
-    assert "git ls-files '*.yaml'" in script
-    assert 'lightning-moe fit --config "$config"' in script
-    found = subprocess.run(["git", "ls-files", "*.yaml"], cwd=root, capture_output=True, text=True, check=False)
-    if found.returncode == 0:  # a source archive has no git
-        assert "examples/smollm2.yaml" in found.stdout.split()
+    script = (ROOT / ".ci" / "run").read_text()
+    loop = re.search(r"^for config in \$\((.*)\); do\n(.*?)^done", script, re.MULTILINE | re.DOTALL)
+    assert 'lightning-moe fit --config "$config"' in loop[2]
+    assert "--trainer.max_steps 2" in loop[2]
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True, check=False).returncode:
+        pytest.skip("a source archive has no git to list the files")
+
+    def listed(command):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    # every file of ours that says what to train
+    wanted = {
+        name
+        for name in listed("git ls-files")
+        if name.endswith((".yaml", ".yml")) and re.search(r"^\W*trainer\W*:", (ROOT / name).read_text(), re.MULTILINE)
+    }
+    assert "examples/smollm2.yaml" in wanted
+    assert listed(loop[1]) == wanted
+    # and on tiny models, in the tests
+    assert wanted <= {path.relative_to(ROOT).as_posix() for path in CONFIGS}
 
 
 def test_seed_10_saturation_compares_sets_and_not_ordered_slots():
@@ -220,6 +386,12 @@ def test_seed_10_saturation_compares_sets_and_not_ordered_slots():
     saturation.update(routing_from(forward, 2), routing_from(backward, 2))
     assert routing_from(forward, 2).expert_ids.tolist() != routing_from(backward, 2).expert_ids.tolist()
     assert saturation.compute() == 1
+    change = RoutingChangeRate()
+    change.update(routing_from(forward, 2), routing_from(backward, 2))
+    assert change.compute() == 0
+    # the third choice for the second, and the slots turned: one of two is another
+    change.update(routing_from(forward, 2), routing_from(torch.tensor([[2.0, 0, 3, 1]]), 2))
+    assert change.compute() == pytest.approx(1 / 4)
 
 
 def test_seed_11_diversity_is_the_mean_over_pairs_of_different_experts():
@@ -230,23 +402,42 @@ def test_seed_11_diversity_is_the_mean_over_pairs_of_different_experts():
     assert metric.compute().item() == pytest.approx((1 - 1 - 1) / 3)
 
 
-def test_seed_12_an_analysis_can_be_run_again():
-    def run():
-        torch.manual_seed(7)
-        module = ForeignModule()
-        upcycle(module, small_config())
-        with record_routing() as window, torch.no_grad():
-            for batch in batches(3, padding=True):
-                module.task_loss(batch)
-        return window
+def recorded_window(seed=7):
+    torch.manual_seed(seed)
+    module = ForeignModule()
+    upcycle(module, UpcycleConfig(num_experts=E, router=ROUTER_ROWS["top_k_3"]))
+    with record_routing() as window, torch.no_grad():
+        for batch in batches(3, padding=True):
+            module.task_loss(batch)
+    return window
 
-    first, second = run(), run()
-    assert list(first) == list(second) == FFNS
-    for name in FFNS:
-        metric = MaxViolation(E)
-        metric.update(first[name])
-        load = expert_load(second[name])
-        assert metric.compute().item() == pytest.approx((load.max() / load.mean() - 1).item())
+
+ANOTHER_PROCESS = """
+import sys, torch
+import test_known_bugs
+
+window = test_known_bugs.recorded_window()
+kept = {name: [r.token_ids, r.expert_ids, r.logits, r.scores, r.token_mask] for name, r in window.items()}
+torch.save(kept, sys.argv[1] + "/record.pt")
+"""
+
+
+@pytest.mark.slow
+def test_seed_12_an_analysis_can_be_run_again(tmp_path):
+    # by another process, in which hash() gives other numbers, from a file of plain tensors
+    run_script(ANOTHER_PROCESS, tmp_path, tmp_path, environment={"PYTHONHASHSEED": "12"})
+    kept, window = torch.load(tmp_path / "record.pt", weights_only=True), recorded_window()
+    assert list(kept) == list(window) == FFNS
+    for name, (token_ids, expert_ids, gate, scores, mask) in kept.items():
+        assert torch.equal(expert_ids, window[name].expert_ids)
+        again = Routing(token_ids, expert_ids, torch.ones(len(token_ids)), gate, scores, mask)
+        for metric, truth in (
+            (MaxViolation(E), reference.max_violation),
+            (RoutingEntropy(), reference.routing_entropy),
+        ):
+            metric.update(window[name])
+            assert metric.compute().item() == pytest.approx(truth([again]), rel=1e-5)
+    assert not torch.equal(recorded_window(seed=8)[FFNS[0]].expert_ids, window[FFNS[0]].expert_ids)
 
 
 # --- the bugs that others shipped ---
@@ -312,15 +503,24 @@ def test_bug_the_losses_do_not_grow_with_the_number_of_ranks():
         same_gradients(gradients, explicit.gradients(data[2 * step : 2 * step + 2]))
 
 
-def test_bug_the_losses_are_added_once(tmp_path):
-    # ms-swift#5375; the module's own loss is not changed, and the gradient is that of one sum
-    data, recorder, losses = batches(1), GradientRecorder(), [LoadBalancingLoss(0.3)]
-    callbacks = [MoEUpcycleCallback(small_config(), balance_losses=losses), recorder]
-    trainer = trainer_of(tmp_path, callbacks)
-    trainer.fit(ForeignModule(lr=0.0), loader(data))
+@pytest.mark.parametrize("order", [1, -1])
+def test_bug_the_losses_are_added_once(tmp_path, order):
+    # ms-swift#5375; with two callbacks that could bring them, in a second fit with the same ones, and the loss logged
+    (batch,) = data = batches(1)
+    recorder, losses = GradientRecorder(), [LoadBalancingLoss(0.3)]
+    callbacks = [MoEUpcycleCallback(small_config(), balance_losses=losses), BalanceLossCallback(losses)][::order]
     explicit = BalanceSum(ForeignModule(), small_config(), losses)
-    same_gradients(recorder.steps[0], explicit.gradients(data))
-    assert trainer.callback_metrics["train_loss"].item() == pytest.approx(explicit.module.task_loss(data[0]).item())
+    module = ForeignModule(lr=0.0)
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, [*callbacks, recorder])
+        trainer.fit(module, loader(data))
+        task = explicit.module.task_loss(batch).item()
+        assert trainer.callback_metrics["train_loss"].item() == pytest.approx(task, rel=1e-6)
+    for step in recorder.steps:
+        same_gradients(step, explicit.gradients(data))
+    twice = BalanceSum(ForeignModule(), small_config(), [LoadBalancingLoss(0.6)]).gradients(data)
+    with pytest.raises(AssertionError):
+        same_gradients(recorder.steps[0], twice)
 
 
 def test_bug_the_losses_are_not_summed_over_accumulated_batches(tmp_path):
@@ -334,21 +534,40 @@ def test_bug_the_losses_are_not_summed_over_accumulated_batches(tmp_path):
     same_gradients(found[4], found[1])
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+def checkpointed(reentrant, losses):
+    """Three forwards and backwards, the last layer recomputed or not (None); its window, and the tokens it saw."""
+    module, runs, data = ForeignModule(), [], batches(3)
+    upcycle(module, small_config())
+    if reentrant is not None:
+        module.net.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    module.net.inner.train().enable_input_require_grads()
+    layer = moe_layers(module)[FFNS[1]]
+    # before and not after: the recomputation stops as soon as it has all that it needs
+    layer.register_forward_pre_hook(lambda *_: runs.append(None))
+    layer.balance_losses.update({loss.name: loss for loss in losses})
+    with record_routing() as window:
+        for batch in data:
+            module.task_loss(batch).backward()
+    assert len(runs) == (3 if reentrant is None else 6), "activations were not recomputed; the test shows nothing"
+    return window[FFNS[1]], sum(batch["input_ids"].numel() for batch in data)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
 def test_bug_activation_checkpointing_counts_nothing_twice(reentrant):
     # torchtitan's optimizer, megablocks#113
-    counts, module = [], ForeignModule()
-    upcycle(module, small_config())
-    (batch,) = batches(1)
-    module.train()
-    for checkpointing in (False, True):
-        if checkpointing:
-            module.net.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            module.net.inner.enable_input_require_grads()
-        with record_routing() as window:
-            module.task_loss(batch).backward()
-        counts.append([expert_load(window[name]).tolist() for name in FFNS])
-    assert counts[0] == counts[1]
+    routing, num_tokens = checkpointed(reentrant, [])
+    assert routing.num_tokens == num_tokens
+    assert expert_load(routing).tolist() == expert_load(checkpointed(None, [])[0]).tolist()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_bug_activation_checkpointing_counts_nothing_twice_in_losses_with_a_state(reentrant):
+    # torchtitan's optimizer, megablocks#113
+    adaptive, overall = AdaptiveL1Loss(top_k=1), LoadBalancingLoss(scope="global_batch")
+    overall.window = 4
+    routing, num_tokens = checkpointed(reentrant, [adaptive, overall])
+    assert overall.training_state()["recent"][:, :-1].sum(0).tolist() == expert_load(routing).tolist()
+    assert adaptive.training_state()["counts"].tolist() == [2 * num_tokens, num_tokens]
 
 
 @pytest.mark.parametrize("loss", BALANCE_LOSSES, ids=lambda loss: loss.__name__)
@@ -359,13 +578,68 @@ def test_bug_padding_is_in_no_loss(loss):
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter)
     layer.balance_losses["loss"] = loss(1.0)
-    seen, x = [], torch.randn(1, 4, 6)
-    stop = observe_routing(lambda name, routing, losses: seen.append(losses["loss"].item()))
-    layer(x)
-    layer.context.inputs = {"attention_mask": torch.tensor([[1, 1, 0, 1, 0, 1]])}
-    layer(torch.cat([x[:, :2], 5 * torch.randn(1, 1, 6), x[:, 2:3], 5 * torch.randn(1, 1, 6), x[:, 3:]], dim=1))
-    stop()
+    x = torch.randn(1, 4, 6)
+    with observed("loss") as seen:
+        layer(x)
+        layer.context.inputs = {"attention_mask": torch.tensor([[1, 1, 0, 1, 0, 1]])}
+        layer(torch.cat([x[:, :2], 5 * torch.randn(1, 1, 6), x[:, 2:3], 5 * torch.randn(1, 1, 6), x[:, 3:]], dim=1))
     assert seen[0] == pytest.approx(seen[1], rel=1e-5, abs=1e-6)
+
+
+def test_bug_padding_is_in_no_gradient_and_no_count(tmp_path):
+    # Megatron-LM#2142, ms-swift#9350
+    (short,) = batches(1, length=5)
+    fill = torch.randint(0, VOCABULARY, (2, 4))
+    padded = {key: torch.cat([value, fill], dim=1) for key, value in short.items()}
+    padded["labels"][:, 5:] = -100
+    mask = torch.ones_like(padded["input_ids"])
+    mask[:, 5:] = 0
+    found = []
+    for batch in (short, padded | {"attention_mask": mask}, padded):
+        recorder, losses = GradientRecorder(), [LoadBalancingLoss(0.3), ZLoss(0.05)]
+        callbacks = [MoEUpcycleCallback(small_config(), balance_losses=losses), recorder]
+        trainer = trainer_of(tmp_path, callbacks, log_every_n_steps=1)
+        trainer.fit(ForeignModule(lr=0.0), loader([batch]))
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("moe/")}
+        found.append((recorder.steps[0], metrics))
+    (plain, counts), (masked, masked_counts), (unmasked, unmasked_counts) = found
+    # the attention sums over masked columns too, in another order
+    same_gradients(masked, plain, 1e-5)
+    assert masked_counts == pytest.approx(counts, rel=1e-5)
+    # without the mask, the padding would be seen
+    assert unmasked_counts["moe/load_balancing_loss"] != pytest.approx(counts["moe/load_balancing_loss"], rel=1e-2)
+    with pytest.raises(AssertionError):
+        same_gradients(unmasked, plain, 1e-2)
+
+
+class Domains(LightningModule):
+    """One layer that sends each domain to an expert of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = MoELayer(TopKRouter(4, 4, top_k=1, normalize=False), Experts(4, 4, 8))
+        for parameter in self.layer.experts.parameters():
+            nn.init.normal_(parameter)
+        self.layer.router.gate.data = 30 * torch.eye(4)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        with observed("load_balancing_loss") as seen:
+            loss = self.layer(batch).square().sum()
+        self.seen += seen
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize(("scope", "value"), [("global_batch", 1.0), ("micro_batch", 4.0), ("sequence", 4.0)])
+def test_bug_the_global_scope_is_global_in_the_trainer(tmp_path, scope, value):
+    # ms-swift#6787: a step of four micro-batches, each of one domain; the second epoch knows all four
+    module, data = Domains(), [row.expand(2, 3, 4) for row in torch.eye(4)]
+    callback = BalanceLossCallback([LoadBalancingLoss(0.1, scope=scope)])
+    trainer_of(tmp_path, [callback], accumulate_grad_batches=4, max_epochs=2).fit(module, loader(data))
+    assert module.seen[4:] == pytest.approx([value] * 4, rel=1e-5)
 
 
 def test_bug_the_global_scope_is_global():
@@ -389,6 +663,19 @@ def test_bug_balanced_is_one_for_every_kind_of_loss(cls, top_k):
         token_ids, expert_ids, torch.ones(8 * top_k), flat, flat.softmax(-1), None, top_k, expected_load=load
     )
     assert cls()(routing).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global_batch"])
+@pytest.mark.parametrize("scores_of", [torch.sigmoid, lambda logits: logits.softmax(-1)], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_bug_balanced_is_one_in_every_scope(scope, scores_of, top_k):
+    # Megatron-LM#3672; three sequences of four tokens
+    expert_ids, flat = torch.arange(12 * top_k) % 4, torch.zeros(12, 4)
+    rows = torch.arange(12).repeat_interleave(top_k), expert_ids, torch.ones(12 * top_k)
+    loss = LoadBalancingLoss(scope=scope)
+    loss.window = 2
+    routing = Routing(*rows, flat, scores_of(flat), None, top_k, sequence_length=4)
+    assert [loss(routing).item() for _ in range(3)] == pytest.approx([1.0] * 3)
 
 
 def test_bug_co_activation_counts_all_pairs_and_not_only_neighbours():
@@ -419,6 +706,21 @@ def test_bug_recorded_logits_are_logits_and_scores_are_softmaxed_once():
     twice = scores.softmax(-1)
     assert -(twice * twice.log()).sum(-1).mean().item() > 0.9 * math.log(4)
     assert entropy < 0.6 * math.log(4)
+
+
+@pytest.mark.parametrize("name", ["top_k", "cosine", "perturbed_cosine", "xmoe", "hyper", "dense_mixer"])
+def test_bug_scores_are_one_softmax_of_the_recorded_logits(name):
+    # transformers#45120, transformers#45315, and the seed's cosine router
+    layer = MoELayer(ROUTER_ROWS[name](6, E), Experts(E, 6, 8), name="mlp").eval()
+    with record_routing() as window, torch.no_grad():
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        layer(torch.randn(1, 9, 6))
+    logits, scores = window["mlp"].logits, window["mlp"].scores
+    torch.testing.assert_close(scores, logits.exp() / logits.exp().sum(-1, keepdim=True), **FLOAT32)
+    # what is softmaxed already is not below zero, and sums to one
+    assert (logits < 0).any()
+    assert ((logits.sum(-1) - 1).abs() > 1e-3).any()
 
 
 def test_every_bug_of_the_gradient_would_show():

@@ -113,7 +113,7 @@ class MoELayer(nn.Module):
 
     def _compute(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "T D"], Routing]:
         # what the losses look at is kept only if one of them does
-        losses = list(self.balance_losses.values()) if torch.is_grad_enabled() else []
+        losses = list(self.balance_losses.values()) if torch.is_grad_enabled() or is_observed() else []
         if any(loss.needs_gate for loss in losses):
             routing = replace(routing, gate=self.router.gate_rows())
         if not any(loss.needs_outputs for loss in losses):
@@ -129,13 +129,13 @@ class MoELayer(nn.Module):
             self.loss_scale = self.loss_scale.to(out.device)
         losses: dict[str, Tensor] = {}
         total = torch.zeros((), device=out.device)
-        if injecting or observed:
-            for name, loss in self.balance_losses.items():
-                assert isinstance(loss, BalanceLoss)
-                if not injecting and (loss.needs_outputs or loss.needs_gate):
-                    continue
-                losses[name] = loss(routing)
-                total = total + loss.coefficient * losses[name]
+        for name, loss in self.balance_losses.items():
+            assert isinstance(loss, BalanceLoss)
+            # without gradients only if somebody looks, or if the loss counts: reentrant checkpointing has none at first
+            if not injecting and not observed and not (loss.counts and self.training):
+                continue
+            losses[name] = loss(routing)
+            total = total + loss.coefficient * losses[name]
         if injecting and losses:
             out = _InjectGradient.apply(out, total, self.loss_scale)
         if observed:

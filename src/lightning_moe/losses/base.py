@@ -43,6 +43,19 @@ class BalanceLoss(nn.Module, ABC):
             )
         self.coefficient = coefficient
 
+    @property
+    def counts(self) -> bool:
+        """Counts something over the forwards of training: it is to see each of them, whoever looks."""
+        return False
+
+    @property
+    def in_training(self) -> bool:
+        """Whether this forward is one of training, and not of validation.
+
+        Gradients alone do not tell: reentrant activation checkpointing runs the first forward without.
+        """
+        return torch.is_grad_enabled() or self.training
+
     @abstractmethod
     def forward(self, routing: Routing) -> Float[Tensor, ""]:
         """Computes the loss of one layer, without the coefficient."""

@@ -151,11 +151,16 @@ class LoadBalancingLoss(BalanceLoss):
         """See `load_balancing_loss`."""
         if self.scope == "sequence":
             return sequence_load_balancing_loss(routing)
-        # without gradients the ranks may run different numbers of batches, and would wait for each other for ever
-        if self.scope == "micro_batch" or not torch.is_grad_enabled():
+        # in validation the ranks may run different numbers of batches, and would wait for each other for ever
+        if not (self.counts and self.in_training):
             return load_balancing_loss(routing)
         counts = self._global_counts(routing)
         return load_balancing_loss(routing, counts[:-1], counts[-1])
+
+    @property
+    def counts(self) -> bool:
+        """With the global scope."""
+        return self.scope == "global_batch"
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -58,9 +58,14 @@ class AdaptiveL1Loss(BalanceLoss):
         wanted = self.top_k * real / routing.num_choices
         mean_scores = masked_mean(without_padding(routing.scores, routing.token_mask), routing.token_mask)
         loss = self.multiplier * (load / wanted.clamp(min=1e-9) * mean_scores).sum()
-        if torch.is_grad_enabled():
+        if self.in_training:
             self._count(load, self.top_k * real)
         return loss
+
+    @property
+    def counts(self) -> bool:
+        """How many experts were on."""
+        return True
 
     @torch.compiler.disable
     @torch.no_grad()
