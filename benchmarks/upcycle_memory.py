@@ -9,7 +9,7 @@ uncounted round comes first. The figures are medians of the paired ratios, in CP
 in wall seconds.
 
 Peak, in a process of its own for each dtype: the highest resident set of build and upcycle (VmHWM), above what the
-process held before the build, in bytes, beside source + result + one dense layer. The upcycling is the first large
+process held before the build, in bytes, beside result + one dense layer. The upcycling is the first large
 computation of that process, so the buffers that the libraries allocate once are part of the figure.
 """
 
@@ -115,7 +115,7 @@ def measure_peak(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]
     model = nn.ModuleList(ffns)
     del ffns
     upcycle(model, UpcycleConfig(num_experts=args.experts, seed=args.seed))
-    bound = source + num_bytes(model) + layer
+    bound = num_bytes(model) + layer
     peak = _status("VmHWM") - before
     return {"peak_bytes": peak, "bound_bytes": bound, "layer_bytes": layer, "peak_over_bound": round(peak / bound, 4)}
 

@@ -1,12 +1,11 @@
 """The command line: LightningCLI that knows this package's classes by their short names.
 
-``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program.
+``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program. Its verb
+``upcycle``, which needs no Trainer, is in `lightning_moe.cli_upcycle`.
 """
 
-import inspect
 import re
 import sys
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
@@ -19,6 +18,8 @@ from lightning_moe.callbacks import (
     ExpertUtilizationCallback,
     MoEUpcycleCallback,
 )
+from lightning_moe.cli_errors import explain, nearest, told_by
+from lightning_moe.cli_upcycle import main as upcycle_main
 from lightning_moe.data import TextDataModule
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
@@ -40,7 +41,7 @@ _CLASSES: tuple[type, ...] = (
 )
 
 # what the `lightning` command of lightning-sdk does not have, or means the same by
-_VERBS = ("fit", "validate", "test", "predict")
+_VERBS = ("fit", "validate", "test", "predict", "upcycle")
 
 
 class MoEArgumentParser(LightningArgumentParser):
@@ -48,37 +49,13 @@ class MoEArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with one clear message."""
-        sys.stderr.write(f"error: {_explain(message)}\nFor all options: lightning-moe fit --help\n")
+        text = explain(message, (*_CLASSES, UpcycleConfig, Trainer))
+        if verb := re.search(r"invalid choice: '([^']*)'", message):
+            text = f"invalid choice: {verb[1]!r} (choose from {', '.join(_VERBS)})"
+            if meant := nearest(verb[1], _VERBS):
+                text += f"\n  Did you mean {meant!r}?"
+        sys.stderr.write(f"error: {text}\nFor all options: lightning-moe fit --help, lightning-moe upcycle --help\n")
         sys.exit(2)
-
-
-# What jsonargparse says of a name that it does not know, in its several places.
-_UNKNOWN = re.compile(r"option '([^']+)'|Option '([^']+)' is not accepted|Expected a dot import path string: (\S+)")
-
-
-def _explain(message: str) -> str:
-    # jsonargparse reports every alternative of a union; what the user meant is the one that names a class_path, or else
-    # the first that says more than what kind of thing was expected
-    place = message.splitlines()[0].rstrip(":")
-    problem = re.search(r"- (Problem with given class_path .*?)(?=\n    - |\n  Given value|\Z)", message, re.DOTALL)
-    unknown_class = re.search(r"- (Expected a dot import path string: \S+)", message)
-    found = problem or unknown_class
-    text = f"{place}: {found.group(1)}" if found else message
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if unknown := _UNKNOWN.search(text):
-        name = next(group for group in unknown.groups() if group).rpartition(".")[2]
-        # a wrong capital is no wrong letter
-        known = {known.lower(): known for known in sorted(_known_names())}
-        if close := get_close_matches(name.lower(), known, n=1):
-            lines.append(f"Did you mean {known[close[0]]!r}?")
-    return "\n  ".join(lines)
-
-
-def _known_names() -> set[str]:
-    classes = (*_CLASSES, UpcycleConfig, Trainer)
-    return {cls.__name__ for cls in classes} | {
-        parameter for cls in classes for parameter in inspect.signature(cls).parameters
-    }
 
 
 class MoECLI(LightningCLI):
@@ -88,6 +65,9 @@ class MoECLI(LightningCLI):
         kwargs.setdefault("parser_class", MoEArgumentParser)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("seed_everything_default", 0)
+        # LightningCLI knows the Trainer's verbs only
+        description = "Trains Mixture-of-Experts models. One more verb: lightning-moe upcycle --help"
+        kwargs["parser_kwargs"] = {"description": description, **kwargs.get("parser_kwargs", {})}
         super().__init__(args=args, **kwargs)
 
     def instantiate_classes(self) -> None:
@@ -95,16 +75,19 @@ class MoECLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse wraps it into the list of the alternatives that it tried
-            told = re.search(r"Errors:\n\s+- (?!Expected a)(.+?)(?=\n\s+- |\n\s*Given value)", str(error), re.DOTALL)
+            told = told_by(error)
             if told is None:
                 raise
-            sys.exit(f"error: {told.group(1)}")
+            sys.exit(f"error: {told}")
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs ``lightning-moe``: ``fit``, ``validate``, ``test`` and ``predict``, with ``--config`` and overrides."""
-    MoECLI(args=args)
+    """Runs ``lightning-moe``: ``fit``, ``validate``, ``test``, ``predict`` and ``upcycle``."""
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list) and arguments[:1] == ["upcycle"]:
+        upcycle_main(arguments[1:])
+    else:
+        MoECLI(args=args)
 
 
 def lightning_main() -> None:

@@ -68,7 +68,7 @@ class MoEModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         # from_pretrained leaves a model in evaluation mode, and Lightning trains it in the mode it finds
-        loaded: Any = _load(model, auto_class, model_dtype) if isinstance(model, str) else model
+        loaded: Any = load_model(model, auto_class, model_dtype) if isinstance(model, str) else model
         self.model = loaded.train()
         if gradient_checkpointing:
             loaded.gradient_checkpointing_enable()
@@ -156,7 +156,19 @@ class MoEModule(LightningModule):
             self.log_dict({f"{stage}_loss/{name}": value for name, value in zip(names, values, strict=True)})
 
 
-def _load(name: str, auto_class: str, dtype: str) -> nn.Module:
+def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -> nn.Module:
+    """Loads a Hugging Face model, or what `save_moe` wrote.
+
+    Args:
+        name: name on the Hub, or path.
+        auto_class: transformers' class that loads a model by name.
+        dtype: of the weights: ``"auto"`` as they were saved, or ``"float32"``, ``"bfloat16"``, ...
+        empty: whether to build it on the meta device instead, from its configuration alone.
+
+    Raises:
+        FileNotFoundError: if it is a path that does not exist.
+        ValueError: if it cannot be loaded by name.
+    """
     path = Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
         return load_moe(path)
@@ -167,8 +179,9 @@ def _load(name: str, auto_class: str, dtype: str) -> nn.Module:
     loader = getattr(transformers, auto_class, None)
     if loader is None:
         raise ValueError(f"auto_class={auto_class!r}: transformers has no such class. Try 'AutoModelForCausalLM'.")
+    source = str(path) if path.exists() else name
     try:
-        model: nn.Module = loader.from_pretrained(str(path) if path.exists() else name, dtype=dtype)
+        model: nn.Module = _empty(loader, source, dtype) if empty else loader.from_pretrained(source, dtype=dtype)
     except OSError as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(
@@ -176,3 +189,12 @@ def _load(name: str, auto_class: str, dtype: str) -> nn.Module:
             "connection and HF_HUB_OFFLINE, or give the path of a model directory."
         ) from error
     return model
+
+
+def _empty(loader: Any, source: str, dtype: str) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(source)
+    if dtype != "auto":
+        config.dtype = dtype
+    with torch.device("meta"):
+        model: nn.Module = loader.from_config(config)
+    return model.eval()

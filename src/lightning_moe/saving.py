@@ -21,6 +21,7 @@ from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit
 from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.receipt import Receipt
 from lightning_moe.routers import ROUTERS, Router
 from lightning_moe.routers.base import init_arguments
 from lightning_moe.upcycle import UpcycleConfig, upcycle
@@ -113,7 +114,9 @@ class _OfSize(CopyInit):
             super().__call__(experts, dense, generator)
 
 
-def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = None) -> None:
+def save_moe(
+    model: nn.Module, path: str | Path, *, family: FFNFamily | None = None, receipt: Receipt | None = None
+) -> None:
     """Writes an upcycled model to a directory: ``moe_model*.safetensors`` and ``moe_config.json``.
 
     Args:
@@ -121,6 +124,7 @@ def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = N
             nothing else.
         path: the directory, made if it does not exist.
         family: the family it was upcycled with, if that is none of `FFN_FAMILIES`.
+        receipt: what `upcycle` returned, to be kept beside the recipe; loading does not need it.
 
     Raises:
         ValueError: if the model has no MoE layer.
@@ -137,6 +141,8 @@ def save_moe(model: nn.Module, path: str | Path, *, family: FFNFamily | None = N
         True
     """
     config: dict[str, Any] = {"recipe": moe_recipe(model, family), "model": None}
+    if receipt is not None:
+        config["receipt"] = receipt.to_dict()
     if isinstance(model, transformers.PreTrainedModel):
         config["model"] = {
             "class": type(model).__name__,

@@ -119,9 +119,7 @@ def upcycle(
         >>> receipt.layers, receipt.preserved, receipt.measured_difference < 1e-6
         (('0',), True, True)
     """
-    check_config(config)
-    if done := moe_layers(model):
-        raise ValueError(f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer.")
+    _check(model, config)
     dense = find_ffns(model, config.family)
     chosen = select_layers(list(dense), config.layers)
     seed = torch.initial_seed() if config.seed is None else config.seed
@@ -129,27 +127,25 @@ def upcycle(
     calibration = [batch] if calibration is None and batch is not None else calibration
     inputs = _calibrate(model, {name: dense[name] for name in chosen}, (init, config.router_init), calibration)
     plans = {name: _plan(name, dense[name], config, init, seed, inputs.get(name)) for name in chosen}
-    contexts = _share_contexts(model, {name: plan.layer for name, plan in plans.items()})
     before, memory = _count(model.parameters()), num_bytes(model)
     kept = tuple(name for name in dense if name not in plans)
-    lookalikes = find_lookalikes(model, tuple(dense), config.family)
+    left_dense = dict.fromkeys(kept, f"not chosen by layers={config.layers!r}")
+    left_dense |= find_lookalikes(model, tuple(dense), config.family)
     dense_out = torch.empty(0) if batch is None else _outputs(model, batch)
     similarity = _build(model, plans, dense, inputs, progress)
-    for context, watched in contexts:
-        context.watch(watched)
     router = plans[chosen[0]].layer.router
     _warn_if_not_causal(model, router)
-    after = _count(model.parameters())
+    after, idle = _count(model.parameters()), sum(_idle(plan.layer) for plan in plans.values())
     preserved, reason = _step_zero(router, init, config)
     return Receipt(
         layers=tuple(chosen),
         kept=kept,
-        left_dense={**dict.fromkeys(kept, f"not chosen by layers={config.layers!r}"), **lookalikes},
+        left_dense=left_dense,
         num_experts=config.num_experts,
         experts_per_token=router.experts_per_token,
         num_shared_experts=config.num_shared_experts,
         parameters=(before, after),
-        active_parameters=(before, after - sum(_idle(plan.layer) for plan in plans.values())),
+        active_parameters=(before, after - idle),
         memory=(memory, num_bytes(model)),
         expert_similarity=similarity,
         preserved=preserved,
@@ -157,6 +153,12 @@ def upcycle(
         measured_difference=None if batch is None else _difference(dense_out, _outputs(model, batch)),
         seed=seed,
     )
+
+
+def _check(model: nn.Module, config: Any) -> None:
+    check_config(config)
+    if done := moe_layers(model):
+        raise ValueError(f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer.")
 
 
 def check_config(config: Any) -> None:
@@ -308,6 +310,7 @@ def _build(
 ) -> float | None:
     # Puts the planned layers in and returns the mean similarity of their experts. A dense FFN is let go of as soon as
     # its layer stands, but where building the next one could fail.
+    contexts = _share_contexts(model, {name: plan.layer for name, plan in plans.items()})
     streams = _works_from_shapes(plans, dense, inputs)
     similarities = []
     for name in progress(tuple(plans)):
@@ -318,6 +321,8 @@ def _build(
     if not streams:
         for name, plan in plans.items():
             _put_in(model, name, plan.layer, dense[name].absorbed)
+    for context, watched in contexts:
+        context.watch(watched)
     known = [similarity for similarity in similarities if similarity is not None]
     return sum(known) / len(known) if known else None
 

@@ -1,0 +1,158 @@
+"""The verb ``lightning-moe upcycle``: a dense Hugging Face model in, the directory of an upcycled one out."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
+
+# imported so that jsonargparse finds the classes by their short names
+from lightning_moe.cli_errors import explain, told_by
+from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
+from lightning_moe.module import load_model
+from lightning_moe.receipt import Receipt
+from lightning_moe.routers import ROUTERS
+from lightning_moe.saving import CONFIG_FILE, save_moe
+from lightning_moe.upcycle import UpcycleConfig, upcycle
+
+_CALIBRATION_TOKENS = 1024
+# the outputs before and after are compared on these: their logits are all in memory
+_MEASURED_TOKENS = 128
+
+
+def upcycle_checkpoint(
+    *,
+    model: str,
+    config: UpcycleConfig,
+    output: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    auto_class: str = "AutoModelForCausalLM",
+    calibration_files: Sequence[str] | None = None,
+    dry_run: bool = False,
+) -> Receipt:
+    """Upcycles a dense Hugging Face model and writes it to a directory, without a Trainer.
+
+    What `save_moe` writes stands there, with the receipt in ``moe_config.json``, and beside it the tokenizer and the
+    generation configuration. Tensors never take more than the result and one dense FFN. The resident set may be larger:
+    by the pages of the weights' file where it is mapped (dtype "auto"), which the kernel takes back when it needs them,
+    and by holes that the C library keeps where FFNs of a few megabytes were (MALLOC_MMAP_THRESHOLD_=65536 ends that).
+
+    Args:
+        model: name on the Hub or path of a dense Hugging Face model.
+        config: what to make of it; a seed of None is 0.
+        output: the directory to write, which must be empty or not exist.
+        dtype: of the weights, "auto" as they were saved.
+        auto_class: transformers' class that loads a model by name.
+        calibration_files: text files. The first 1024 tokens of each are a calibration batch, for initialisers that look
+            at hidden states (one file for each domain), and step 0 is measured on the first 128 tokens of the first.
+        dry_run: whether only to tell what would become of the model: no weights are loaded, nothing is written.
+
+    Returns:
+        What was done, or would be.
+
+    Raises:
+        FileNotFoundError: if the model or a calibration file does not exist.
+        FileExistsError: if the directory to write holds something.
+        ValueError: if the model is upcycled already, and for what `upcycle` refuses.
+    """
+    files = [Path(file).expanduser() for file in calibration_files or ()]
+    _check_paths(model, output, files, dry_run)
+    dense: Any = load_model(model, auto_class, dtype, empty=dry_run)
+    batches = [] if dry_run else _batches(model, dense, files)
+    receipt = upcycle(
+        dense,
+        replace(config, seed=0 if config.seed is None else config.seed),
+        batch={"input_ids": batches[0]["input_ids"][:, :_MEASURED_TOKENS]} if batches else None,
+        calibration=batches or None,
+        progress=partial(tqdm, desc="Upcycling", unit="layer", disable=None),
+    )
+    if not dry_run:
+        assert output is not None
+        save_moe(dense, Path(output).expanduser(), family=config.family, receipt=receipt)
+        _save_companions(model, dense, Path(output).expanduser())
+    return receipt
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs ``lightning-moe upcycle`` and prints the receipt."""
+    description = str(inspect.getdoc(upcycle_checkpoint)).partition("\n\nArgs:")[0]
+    parser = _Parser(prog="lightning-moe upcycle", description=description, allow_abbrev=False)
+    parser.add_argument("--config_file", action="config", help="YAML with all these options.")
+    parser.add_function_arguments(upcycle_checkpoint, skip={"calibration_files"})
+    parser.add_argument("--calibration_files", nargs="+", type=str, help="Text files, one for each calibration batch.")
+    given = parser.parse_args(list(args))
+    # TODO: drop instantiate_classes once jsonargparse>=4.53
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    try:
+        options = vars(instantiate(given))
+        del options["config_file"]
+        receipt = upcycle_checkpoint(**options)
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {(told_by(error) if isinstance(error, ValueError) else None) or error}")
+    print(receipt)
+    if options["dry_run"]:
+        print("A dry run: no weights were loaded and nothing was written.")
+    else:
+        print(f"Written to {options['output']}. Train it with `model: {options['output']}`, or load_moe(...) it.")
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known: tuple[Any, ...] = (UpcycleConfig, upcycle_checkpoint, *ROUTERS, *INITIALIZERS, *ROUTER_INITIALIZERS)
+        sys.stderr.write(f"error: {explain(message, known)}\nFor all options: lightning-moe upcycle --help\n")
+        sys.exit(2)
+
+
+def _check_paths(model: str, output: str | None, files: Sequence[Path], dry_run: bool) -> None:
+    # before anything takes time
+    if (Path(model).expanduser() / CONFIG_FILE).is_file():
+        raise ValueError(f"model={model!r} is upcycled already: it holds {CONFIG_FILE}. Give the dense model.")
+    if output is None and not dry_run:
+        raise ValueError("output: wanted a directory to write to, as --output my-moe; or --dry_run true.")
+    if output is not None:
+        directory = Path(output).expanduser()
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+            raise FileExistsError(
+                f"output={output!r} exists and is not an empty directory. Remove it, or give another name."
+            )
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"calibration_files: {str(file)!r} does not exist. Give text files.")
+
+
+def _batches(name: str, model: nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]:
+    if not files:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().exists() else name)
+    config: Any = model.config
+    limit = min(_CALIBRATION_TOKENS, getattr(config.get_text_config(), "max_position_embeddings", _CALIBRATION_TOKENS))
+    # of a long text no logits: with a large vocabulary they would take more memory than a layer
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    batches = []
+    for file in files:
+        with file.open(encoding="utf-8") as text:
+            # no token is longer on average
+            ids: Tensor = tokenizer(text.read(32 * limit), return_tensors="pt")["input_ids"][:, :limit]
+        if ids.numel() == 0:
+            raise ValueError(f"calibration_files: {str(file)!r} holds no text.")
+        batches.append({"input_ids": ids.to(torch.int64), **extra})
+    return batches
+
+
+def _save_companions(name: str, model: nn.Module, directory: Path) -> None:
+    source = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    try:
+        AutoProcessor.from_pretrained(source).save_pretrained(directory)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"note: {name} has no tokenizer that could be copied ({str(error).splitlines()[0]}).", file=sys.stderr)
+    generation = getattr(model, "generation_config", None)
+    if isinstance(generation, GenerationConfig):
+        generation.save_pretrained(directory)
