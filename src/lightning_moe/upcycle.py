@@ -315,7 +315,7 @@ def _build(
     similarities = []
     for name in progress(tuple(plans)):
         _fill(plans[name], dense[name], inputs.pop(name, None))
-        similarities.append(expert_similarity(plans[name].layer.experts))
+        similarities.append(_similarity(plans[name]))
         if streams:
             _put_in(model, name, plans[name].layer, dense.pop(name).absorbed)
     if not streams:
@@ -325,6 +325,14 @@ def _build(
         context.watch(watched)
     known = [similarity for similarity in similarities if similarity is not None]
     return sum(known) / len(known) if known else None
+
+
+def _similarity(plan: _Plan) -> float | None:
+    # copies are alike by what they are: to read all of their weights again takes longer than writing them
+    experts = plan.layer.experts
+    if plan.init.copies_dense and experts.num_experts > 1 and not experts.down_proj.is_meta:
+        return 1.0
+    return expert_similarity(experts)
 
 
 def _works_from_shapes(
