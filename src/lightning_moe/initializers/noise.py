@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers.base import ExpertInit, copy_neurons, randn
+from lightning_moe.routers.base import check_not_negative
 
 
 class NoiseInit(ExpertInit):
@@ -34,8 +35,7 @@ class NoiseInit(ExpertInit):
     """
 
     def __init__(self, std: float = 0.1, fraction: float = 1.0, replace: bool = False) -> None:
-        if std < 0:
-            raise ValueError(f"std={std}: wanted a number >= 0.")
+        check_not_negative(std=std)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction}: wanted a number above 0 and up to 1.")
         self.std = std

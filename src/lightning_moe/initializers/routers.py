@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_moe.initializers.base import gate_parameter, randn
 from lightning_moe.routers import Router
+from lightning_moe.routers.base import check_positive
 
 Inputs = Sequence[Float[Tensor, "_ D"]]
 
@@ -98,8 +99,7 @@ class OrthogonalRouterInit(RouterInit):
     """
 
     def __init__(self, std: float = 0.02) -> None:
-        if std <= 0:
-            raise ValueError(f"std={std}: wanted a number > 0.")
+        check_positive(std=std)
         self.std = std
 
     def rows(
@@ -138,8 +138,7 @@ class CentroidRouterInit(RouterInit):
     needs_inputs = True
 
     def __init__(self, std: float = 0.02) -> None:
-        if std <= 0:
-            raise ValueError(f"std={std}: wanted a number > 0.")
+        check_positive(std=std)
         self.std = std
 
     def rows(
@@ -174,8 +173,7 @@ class KMeansRouterInit(RouterInit):
     needs_inputs = True
 
     def __init__(self, std: float = 0.02, num_iterations: int = 10) -> None:
-        if std <= 0 or num_iterations <= 0:
-            raise ValueError(f"std={std}, num_iterations={num_iterations}: wanted numbers > 0.")
+        check_positive(std=std, num_iterations=num_iterations)
         self.std = std
         self.num_iterations = num_iterations
 

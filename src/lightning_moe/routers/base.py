@@ -1,6 +1,7 @@
 """What a router is, and the functions that routers share."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -328,6 +329,11 @@ def cosine_similarity(
     """
     projected, directions = gate_logits(x, projection), embeddings.to(torch.promote_types(x.dtype, torch.float32))
     return gate_logits(_scaled(projected, offset), _scaled(directions, offset))
+
+
+def bounded_scale(log_scale: Float[Tensor, ""], dtype: torch.dtype) -> Float[Tensor, ""]:
+    """A learnt 1 / temperature, kept as its logarithm, in float32 or better and at most 100."""
+    return log_scale.to(torch.promote_types(dtype, torch.float32)).clamp(max=math.log(100)).exp()
 
 
 def _scaled(vectors: Float[Tensor, "R P"], offset: float) -> Float[Tensor, "R P"]:

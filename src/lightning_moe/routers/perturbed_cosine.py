@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_moe.routers.base import (
     Normalize,
     TokenChoiceRouter,
+    bounded_scale,
     check_positive,
     cosine_similarity,
     softmax_top_k,
@@ -70,6 +71,6 @@ class PerturbedCosineRouter(TokenChoiceRouter):
 
     def forward(self, x: Float[Tensor, "T D"], tokens: Tokens | None = None) -> Routing:
         """Routes each token to its K best experts; N = T·K, in token order."""
-        scale = self.log_scale.to(torch.promote_types(x.dtype, torch.float32)).clamp(max=math.log(100)).exp()
+        scale = bounded_scale(self.log_scale, x.dtype)
         logits = cosine_similarity(x, self.projection, self.gate, self.offset) * scale
         return softmax_top_k(logits, self.top_k, self.normalize, tokens)
