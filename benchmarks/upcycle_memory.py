@@ -27,7 +27,8 @@ from common import environment, quartiles, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.upcycle import UpcycleConfig, upcycle
+from lightning_moe.config import UpcycleConfig
+from lightning_moe.upcycle import upcycle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from reading import (
     NUM_EXPERTS,
@@ -26,7 +27,7 @@ from reading import (
 from rendering import Page, argument_table, fence, markdown, raised, render
 
 import lightning_moe
-from lightning_moe import ROUTERS, BalanceLoss, ExpertInit, Router
+from lightning_moe import ROUTERS, BalanceLoss, ExpertInit, Router, TopKRouter
 
 FOLDER = Path(__file__).parent
 WIDTH = 100
@@ -61,9 +62,15 @@ def router_flag(name: str) -> Callable[[type], str]:
     return lambda cls: yes(getattr(default_router(cls), name))
 
 
+# what stands in an example for an argument without a default
+_DOMAINS = ("math", "code", "law", "news", "prose", "chat", "logic")
+_ARGUMENTS: dict[str, Any] = {"models": [f"my-{domain}-model" for domain in _DOMAINS]}
+
+
 def defaults(cls: type) -> dict[str, Any]:
-    """The arguments that need not be given."""
-    return {p.name: p.default for p in parameters(cls) if p.default is not p.empty}
+    """The arguments that need not be given, and examples of those that must."""
+    values = {p.name: _ARGUMENTS.get(p.name, p.default) if p.default is p.empty else p.default for p in parameters(cls)}
+    return {name: value for name, value in values.items() if value is not inspect.Parameter.empty}
 
 
 def python_call(function: str, values: dict[str, Any], first: str = "") -> str:
@@ -103,12 +110,28 @@ def loss_usage(cls: type) -> str:
     return fence("python", code) + "\n\n" + fence("yaml", f"balance_losses:\n{indented(yaml_choice(cls), '  - ')}")
 
 
+def fills(cls: type) -> str:
+    """What an initialiser initialises."""
+    return "the experts" if issubclass(cls, ExpertInit) else "the router's rows"
+
+
+def keeps_step_zero(cls: type) -> str:
+    """Whether copies, or shards of copies, are chosen together."""
+    if not issubclass(cls, ExpertInit):
+        return "as the experts do"
+    router = TopKRouter(8, NUM_EXPERTS, top_k=2)
+    init = cls(**defaults(cls))
+    init.init_router(router, torch.Generator())
+    return yes(init.step_zero(router)[0])
+
+
 def init_usage(cls: type) -> str:
     """In Python and in YAML."""
+    name = "init" if issubclass(cls, ExpertInit) else "router_init"
     code = f"from lightning_moe import {cls.__name__}, UpcycleConfig\n\n"
-    code += f"init = {python_call(cls.__name__, defaults(cls))}\n"
-    code += f"config = UpcycleConfig(num_experts={NUM_EXPERTS}, init=init)"
-    return fence("python", code) + "\n\n" + fence("yaml", f"init:\n{indented(yaml_choice(cls))}")
+    code += f"{name} = {python_call(cls.__name__, defaults(cls))}\n"
+    code += f"config = UpcycleConfig(num_experts={NUM_EXPERTS}, {name}={name})"
+    return fence("python", code) + "\n\n" + fence("yaml", f"{name}:\n{indented(yaml_choice(cls))}")
 
 
 def metric_usage(cls: type) -> str:
@@ -242,13 +265,23 @@ def max_violations(model, batches, num_experts):
         name="initializers",
         title="Initialisers",
         introduction=f"""
-An initialiser fills the experts of a layer from the dense FFN that they replace.
+An initialiser fills the experts of a layer from the dense FFN that they replace (`init=`), or the rows of the router's
+gate, one for each expert (`router_init=`). Those that look at hidden states or gradients take calibration batches:
+`upcycle(..., calibration=[batch, ...])`, `MoEUpcycleCallback(..., calibration=...)`, or
+`lightning-moe upcycle --calibration_files`.
 
 {_NOTES}
 """,
         base=ExpertInit,
-        columns={"copies_dense": flag("copies_dense")},
+        columns={"fills": fills, "step 0 kept": keeps_step_zero},
         usage=init_usage,
+        legend={
+            "step 0 kept": (
+                "whether the experts can be the dense FFN at step 0; the router's weights must then sum to the same "
+                "for every token, but where the entry says otherwise. The receipt of `upcycle` tells for a "
+                "combination."
+            )
+        },
     ),
 )
 

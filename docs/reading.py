@@ -12,13 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 from docstring_parser import Docstring, DocstringStyle, parse, parse_from_object
 
-from lightning_moe import BALANCE_LOSSES, INITIALIZERS, ROUTERS, ROUTING_METRICS, Router
+from lightning_moe import BALANCE_LOSSES, INITIALIZERS, ROUTER_INITIALIZERS, ROUTERS, ROUTING_METRICS, Router
 
 CATALOGUES: dict[str, tuple[type, ...]] = {
     "routers": ROUTERS,
     "losses": BALANCE_LOSSES,
     "metrics": ROUTING_METRICS,
-    "initializers": INITIALIZERS,
+    "initializers": (*INITIALIZERS, *ROUTER_INITIALIZERS),
 }
 """By the name of the page, which is that of the package or module."""
 

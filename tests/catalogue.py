@@ -15,6 +15,7 @@ from torch import nn
 from lightning_moe import (
     AdaptiveL1Loss,
     BASERouter,
+    BranchTrainMixInit,
     CentroidRouterInit,
     CopyInit,
     CosineRouter,
@@ -32,6 +33,7 @@ from lightning_moe import (
     LoadBalancingLoss,
     LoadLoss,
     LossFreeRouter,
+    LowRankInit,
     MoEPlusPlusRouter,
     MutualInformationLoss,
     NoiseInit,
@@ -54,6 +56,8 @@ from lightning_moe import (
     TopPRouter,
     UniformRouter,
     XMoERouter,
+    ZeroOutputInit,
+    ZeroRouterInit,
     ZLoss,
     metrics,
 )
@@ -358,9 +362,18 @@ METRIC_ROWS = {
 class InitRow:
     cls: type
     arguments: dict[str, Any] = field(default_factory=dict)
+    num_shared_experts: int = 0
 
-    def __call__(self):
-        return self.cls(**self.arguments)
+    def __call__(self, build=None, num_experts=8):
+        """With a branch for every expert but one, where it wants branches of a dense model, which ``build`` builds."""
+        if self.cls is not BranchTrainMixInit:
+            return self.cls(**self.arguments)
+        torch.manual_seed(7)
+        branches = [(build or FAMILY_ROWS["llama"].build)() for _ in range(num_experts - 1)]
+        for branch in branches:
+            for parameter in branch.parameters():
+                parameter.data.normal_(std=0.3)
+        return self.cls(branches, **self.arguments)
 
 
 INIT_ROWS = {
@@ -374,9 +387,15 @@ INIT_ROWS = {
     "split": InitRow(SplitInit, {"method": "random"}),
     "split_kmeans": InitRow(SplitInit, {"method": "kmeans"}),
     "split_activation": InitRow(SplitInit, {"method": "activation"}),
+    "split_gradient": InitRow(SplitInit, {"method": "gradient"}),
+    "zero_output": InitRow(ZeroOutputInit, num_shared_experts=1),
+    "low_rank": InitRow(LowRankInit, {"rank": 4}),
+    "low_rank_scaled": InitRow(LowRankInit, {"rank": 3, "alpha": 6.0}),
+    "branch_train_mix": InitRow(BranchTrainMixInit),
 }
 ROUTER_INIT_ROWS = {
     "normal": InitRow(NormalRouterInit, {"std": 0.1}),
+    "zeros": InitRow(ZeroRouterInit),
     "orthogonal": InitRow(OrthogonalRouterInit, {"std": 0.1}),
     "centroid": InitRow(CentroidRouterInit, {"std": 0.1}),
     "kmeans": InitRow(KMeansRouterInit, {"std": 0.1}),

@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 import pytorch_lightning
 import torch
+from catalogue import INIT_ROWS
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -35,13 +36,16 @@ from lightning_fixtures import (
     tiny_llama,
     trainer_of,
 )
+from torch.utils.data import DataLoader
 
 from lightning_moe import (
     BalanceLossCallback,
     ExpertUtilizationCallback,
     LoadBalancingLoss,
+    LowRankInit,
     MoELayer,
     MoEUpcycleCallback,
+    SplitInit,
     UpcycleConfig,
     ZLoss,
     moe_layers,
@@ -191,6 +195,87 @@ def test_an_upcycled_module_is_left_alone(tmp_path):
     trainer_of(tmp_path, [callback]).fit(module, loader(batches(1)))
     assert {layer.experts.num_experts for layer in moe_layers(module).values()} == {5}
     assert callback.receipt is None
+
+
+# Initialisers
+
+
+@pytest.mark.parametrize("init", INIT_ROWS)
+@pytest.mark.parametrize("kind", [ForeignModule, EagerModule])
+def test_every_initialiser_trains_and_its_checkpoint_loads(tmp_path, init, kind):
+    row = INIT_ROWS[init]
+    changes = {"num_experts": 4 - row.num_shared_experts, "num_shared_experts": row.num_shared_experts}
+
+    def callback():
+        config = small_config(init=row(tiny_llama, 4), router={"top_k": 2, "normalize": False}, **changes)
+        return MoEUpcycleCallback(config, module="net.inner", calibration=2)
+
+    module = kind()
+    trainer = trainer_of(tmp_path, [callback()])
+    trainer.fit(module, loader(batches(2)))
+    trainer.save_checkpoint(tmp_path / "moe.ckpt")
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    named = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [{named[id(parameter)] for parameter in group["params"]} for group in trainer.optimizers[0].param_groups]
+    assert set().union(*groups) >= trained
+    if kind is EagerModule:
+        assert all(f"{ffn}.experts.{part}" in groups[1] for ffn in FFNS for part in down_parts(row))
+    again = kind(seed=7)
+    trainer_of(tmp_path, [callback()]).fit(again, loader(batches(2)), ckpt_path=tmp_path / "moe.ckpt")
+    for one, other in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def down_parts(row):
+    return ("down_a", "down_b") if row.cls is LowRankInit else ("down_proj",)
+
+
+class Seen(ForeignModule):
+    """Notes the tokens it trains on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["input_ids"])
+        return super().training_step(batch, batch_idx)
+
+
+def test_training_batches_calibrate_and_the_training_data_stay_as_they_are(tmp_path):
+    data, orders, config = batches(6), [], small_config(num_experts=4, init=SplitInit("activation"))
+    for init in (config, small_config(num_experts=4)):
+        torch.manual_seed(5)
+        module = Seen()
+        callback = MoEUpcycleCallback(init, module="net.inner", calibration=2)
+        shuffled = DataLoader(data, batch_size=None, shuffle=True)
+        trainer_of(tmp_path, [callback], limit_train_batches=4).fit(module, shuffled)
+        orders.append(torch.stack(module.seen))
+    assert torch.equal(*orders)
+    # what it is calibrated with are the first of these
+    one, other = Seen(), Seen()
+    callback = MoEUpcycleCallback(config, module="net.inner", calibration=2)
+    trainer_of(tmp_path, [callback], limit_train_batches=0).fit(one, loader(data))
+    upcycle(other.net.inner, config, calibration=data[:2])
+    for ours, wanted in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_calibration_that_cannot_be_is_refused_in_words(tmp_path):
+    config = small_config(num_experts=4, init=SplitInit("activation"))
+    module = ForeignModule()
+    with pytest.raises(MisconfigurationException, match=r"ForeignModule has no forward .* module='net\.inner'"):
+        trainer_of(tmp_path, [MoEUpcycleCallback(config, calibration=2)]).fit(module, loader(batches(2)))
+    callback = MoEUpcycleCallback(config, module="net.inner", calibration=2)
+    with pytest.raises(MisconfigurationException, match="of the training data, which only fit"):
+        trainer_of(tmp_path, [callback]).validate(module, loader(batches(2)))
+    with pytest.raises(MisconfigurationException, match="is a list of loaders"):
+        trainer_of(tmp_path, [callback]).fit(module, [loader(batches(2)), loader(batches(2))])
+    with pytest.raises(ValueError, match="looks at hidden states"):
+        trainer_of(tmp_path, [MoEUpcycleCallback(config)]).fit(module, loader(batches(2)))
+    with pytest.raises(ValueError, match="calibration=0"):
+        MoEUpcycleCallback(config, calibration=0)
+    assert is_dense(module)
 
 
 # Checkpoints

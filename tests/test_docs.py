@@ -14,13 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_moe
-from lightning_moe import BALANCE_LOSSES, INITIALIZERS, ROUTERS, ROUTING_METRICS, UpcycleConfig, upcycle
+from lightning_moe import (
+    BALANCE_LOSSES,
+    INITIALIZERS,
+    ROUTER_INITIALIZERS,
+    ROUTERS,
+    ROUTING_METRICS,
+    UpcycleConfig,
+    upcycle,
+)
 from lightning_moe.cli import MoECLI
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-ENTRIES = (*ROUTERS, *BALANCE_LOSSES, *ROUTING_METRICS, *INITIALIZERS)
+ENTRIES = (*ROUTERS, *BALANCE_LOSSES, *ROUTING_METRICS, *INITIALIZERS, *ROUTER_INITIALIZERS)
 # the parser is given its arguments, as a program does
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
 # measures that are nobody's invention, or ours
@@ -142,7 +150,9 @@ def from_yaml(snippet, path):
     """The callback that the command line makes of a snippet: a whole file, or a part of the callback's arguments."""
     settings = yaml.safe_load(snippet)
     if "trainer" not in settings:
-        config = {"num_experts": 8} | {key: settings[key] for key in ("router", "init") if key in settings}
+        config = {"num_experts": 8} | {
+            key: settings[key] for key in ("router", "init", "router_init") if key in settings
+        }
         arguments = {"config": config} | {key: settings[key] for key in ("balance_losses",) if key in settings}
         settings = {"trainer": {"callbacks": [{"class_path": "MoEUpcycleCallback", "init_args": arguments}]}}
     settings["model"] = {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
@@ -184,12 +194,14 @@ def test_a_loss_is_chosen_in_yaml_and_in_python(cls, tmp_path, reading):
         assert names_and_values(loss, reading) == names_and_values(cls(), reading)
 
 
-@pytest.mark.parametrize("cls", INITIALIZERS, ids=name_of)
-def test_an_initializer_is_chosen_in_yaml_and_in_python(cls, tmp_path):
-    names = {}
+@pytest.mark.parametrize("cls", [*INITIALIZERS, *ROUTER_INITIALIZERS], ids=name_of)
+def test_an_initializer_is_chosen_in_yaml_and_in_python(cls, tmp_path, reading):
+    names, place = {}, "init" if cls in INITIALIZERS else "router_init"
     exec(own_snippet("initializers.md", cls, "python"), names)
-    assert type(names["config"].init) is cls
-    assert type(from_yaml(own_snippet("initializers.md", cls, "yaml"), tmp_path / "run.yaml").config.init) is cls
+    config = from_yaml(own_snippet("initializers.md", cls, "yaml"), tmp_path / "run.yaml").config
+    made, chosen = getattr(names["config"], place), getattr(config, place)
+    assert type(made) is type(chosen) is cls
+    assert names_and_values(made, reading) == names_and_values(chosen, reading)
 
 
 @pytest.mark.parametrize("page", ["routers.md", "losses.md"])

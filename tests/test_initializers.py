@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
-from catalogue import FAMILY_ROWS, INIT_ROWS, ROUTER_INIT_ROWS, logits, token_ids
+from catalogue import FAMILY_ROWS, INIT_ROWS, ROUTER_INIT_ROWS, ROUTER_ROWS, logits, token_ids
 from torch import nn
 
 from lightning_moe import (
     ROUTER_INITIALIZERS,
+    BranchTrainMixInit,
     CentroidRouterInit,
+    CopyInit,
     CosineRouter,
     DropInit,
     ExpertLoad,
@@ -18,6 +20,8 @@ from lightning_moe import (
     HashRouter,
     KMeansRouterInit,
     LossFreeRouter,
+    LowRankExperts,
+    LowRankInit,
     NoiseInit,
     NoisyTopKRouter,
     NormalRouterInit,
@@ -26,6 +30,8 @@ from lightning_moe import (
     SplitInit,
     TopKRouter,
     UpcycleConfig,
+    ZeroOutputInit,
+    ZeroRouterInit,
     find_ffns,
     load_moe,
     moe_layers,
@@ -33,6 +39,7 @@ from lightning_moe import (
     save_moe,
     upcycle,
 )
+from lightning_moe.calibration import calibrate
 from lightning_moe.initializers.split import balanced_kmeans
 
 E = 8
@@ -54,7 +61,7 @@ def dense_model(family="llama"):
 
 def routed(cls, top_k, **arguments):
     def make(hidden_size, num_experts):
-        return cls(hidden_size, num_experts, **{"top_k": top_k, "init_std": 0.5, **arguments})
+        return cls(hidden_size, num_experts, **{"top_k": min(top_k, num_experts), "init_std": 0.5, **arguments})
 
     return make
 
@@ -67,6 +74,14 @@ def made(init, family="llama", router=None, num_experts=E, **changes):
         num_experts=num_experts, router=router or routed(TopKRouter, 4), init=init, seed=3, **changes
     )
     return dense, moe, upcycle(moe, config, batch=FAMILY_ROWS[family].batch())
+
+
+def made_of(row, family="llama", router=None, num_shared=0):
+    """With a row of the catalogue, and as many experts as fit."""
+    num_shared = max(num_shared, row.num_shared_experts)
+    num_experts = E - num_shared if row.cls is SplitInit else E
+    init = row(lambda: dense_model(family), num_experts)
+    return made(init, family, router, num_experts, num_shared_experts=num_shared)
 
 
 def difference(dense, moe, family="llama"):
@@ -97,7 +112,7 @@ ROUTERS = {
 @pytest.mark.parametrize("num_shared", [0, 1])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_receipt_tells_the_truth_about_step_zero(row, family, router, num_shared):
-    dense, moe, receipt = made(row(), family, ROUTERS[router], num_shared_experts=num_shared)
+    dense, moe, receipt = made_of(row, family, ROUTERS[router], num_shared)
     batch = FAMILY_ROWS[family].batch()
     torch.manual_seed(0)
     for layer in moe_layers(moe).values():
@@ -111,8 +126,8 @@ def test_the_receipt_tells_the_truth_about_step_zero(row, family, router, num_sh
 
 
 def test_what_is_kept_is_not_nothing():
-    kept = [name for name, row in INIT_ROWS.items() if made(row())[2].preserved]
-    assert kept == ["copy", "granular", "granular_4"]
+    kept = [name for name, row in INIT_ROWS.items() if made_of(row)[2].preserved]
+    assert kept == ["copy", "granular", "granular_4", "zero_output", "low_rank", "low_rank_scaled"]
 
 
 @every_family
@@ -127,7 +142,7 @@ def test_granular_experts_are_the_dense_ffn_together(family, granularity, top_k)
 @every_init
 @every_family
 def test_trains_saves_and_loads(row, family, tmp_path):
-    _, moe, _ = made(row(), family)
+    _, moe, _ = made_of(row, family)
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     ids = token_ids(3, 7)
     for _ in range(2):
@@ -140,14 +155,21 @@ def test_trains_saves_and_loads(row, family, tmp_path):
 
 @every_init
 def test_layers_differ_and_the_seed_repeats_them(row):
-    first, again, other = (made(row())[1], made(row())[1], dense_model())
-    config = UpcycleConfig(num_experts=E, router=routed(TopKRouter, 4), init=row(), seed=4)
+    first, again, other = (made_of(row)[1], made_of(row)[1], dense_model())
+    config = UpcycleConfig(
+        num_experts=E,
+        router=routed(TopKRouter, 4),
+        init=row(dense_model),
+        seed=4,
+        num_shared_experts=row.num_shared_experts,
+    )
     upcycle(other, config, batch=FAMILY_ROWS["llama"].batch())
     for one, same in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, same)
     layers, others = (list(moe_layers(model).values()) for model in (first, other))
     assert not torch.equal(layers[0].router.gate, layers[1].router.gate)
-    if not row.cls.copies_dense and row.cls is not GranularInit and row.arguments.get("method") != "kmeans":
+    draws = row.cls not in (CopyInit, GranularInit, ZeroOutputInit, BranchTrainMixInit)
+    if draws and row.arguments.get("method") != "kmeans":
         assert any(
             not torch.equal(one, two)
             for one, two in zip(layers[0].experts.parameters(), others[0].experts.parameters(), strict=True)
@@ -266,6 +288,203 @@ def test_splitting_is_the_dense_model_if_every_expert_is_taken_alike(family):
     assert difference(dense, moe, family) <= PROMISE
 
 
+@pytest.mark.parametrize("method", ["random", "kmeans", "activation", "gradient"])
+@every_family
+def test_splitting_gives_the_shared_experts_neurons_of_their_own(method, family):
+    dense, moe, receipt = made(SplitInit(method), family, num_experts=4, num_shared_experts=2)
+    name = FAMILY_ROWS[family].names[0]
+    layer, ffn = moe_layers(moe)[name], find_ffns(dense)[name]
+    stacks = [layer.experts, layer.shared_experts]
+    assert [experts.expert_size for experts in stacks] == [4, 4]
+    source = (ffn.up if ffn.gate is None else ffn.gate).tolist()
+    rows = [experts.first_proj[:, :4].reshape(-1, 16).tolist() for experts in stacks]
+    assert sorted(rows[0] + rows[1]) == sorted(source)
+    router = sum(p.numel() for moe_layer in moe_layers(moe).values() for p in moe_layer.router.parameters())
+    biases = 0 if ffn.down_bias is None else 5 * 16 * len(moe_layers(moe))
+    assert receipt.parameters[1] == receipt.parameters[0] + router + biases
+    if method in ("activation", "gradient"):
+        h, gradient = hidden_and_gradient(dense, name, FAMILY_ROWS[family].batch())
+        effect = h.abs().mean(0) * ffn.down.norm(dim=0) if method == "activation" else (h * gradient).abs().mean(0)
+        assert sorted(rows[1]) == sorted(source[neuron] for neuron in effect.topk(8).indices.tolist())
+
+
+@every_family
+def test_splitting_with_shared_experts_is_the_dense_model_if_every_expert_is_taken_alike(family):
+    everything = routed(TopKRouter, 4, init_std=0.0)
+    dense, moe, _ = made(SplitInit(), family, num_experts=4, router=everything, num_shared_experts=2)
+    assert difference(dense, moe, family) <= PROMISE
+
+
+def hidden_and_gradient(dense, name, batch):
+    """The neurons' activations and the loss's gradient by them, from the explicit FFN with a leaf in its middle."""
+    ffn, held = find_ffns(dense)[name], {}
+    dropout = getattr(dense.get_submodule(name), "dropout", nn.Identity())
+
+    def explicit(_, given, __):
+        held["h"] = ffn.hidden(given[0]).detach().requires_grad_()
+        return dropout(nn.functional.linear(held["h"], ffn.down, ffn.down_bias))
+
+    handle = dense.eval().get_submodule(name).register_forward_hook(explicit)
+    dense(**batch, labels=batch["input_ids"]).loss.backward()
+    handle.remove()
+    return (tensor.reshape(-1, ffn.expert_size) for tensor in (held["h"].detach(), held["h"].grad))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@every_family
+def test_saliency_is_that_of_the_explicit_ffn_and_leaves_no_trace(frozen, family):
+    dense = dense_model(family).train().requires_grad_(not frozen)
+    batch = FAMILY_ROWS[family].batch()
+    ffns = find_ffns(dense)
+    state = torch.get_rng_state()
+    states = calibrate(dense, ffns, [SplitInit("gradient")], [batch, batch])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in dense.modules())
+    assert all(p.grad is None and p.requires_grad != frozen for p in dense.parameters())
+    assert not any(module._forward_pre_hooks for module in dense.modules())
+    for name in ffns:
+        h, gradient = hidden_and_gradient(dense_model(family), name, batch)
+        wanted = (h * gradient).repeat(2, 1)
+        torch.testing.assert_close(states[name].saliency, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_saliency_leaves_padding_out_and_wants_a_loss():
+    dense = dense_model()
+    ids, mask = token_ids(2, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    states = calibrate(dense, find_ffns(dense), [SplitInit("gradient")], [{"input_ids": ids, "attention_mask": mask}])
+    assert [len(found.saliency) for found in states.values()] == [8, 8]
+    model = wide_model()
+    with pytest.raises(ValueError, match="Sequential gives no loss on these batches"):
+        upcycle(model, UpcycleConfig(num_experts=4, init=SplitInit("gradient")), batch=torch.randn(3, 32))
+
+
+# --- shared and routed, low rank ---
+
+
+@pytest.mark.filterwarnings("ignore:.*routing depend on later tokens")
+@pytest.mark.parametrize("router", ROUTER_ROWS)
+def test_zero_outputs_keep_the_dense_model_whatever_the_router_does(router):
+    dense, moe, receipt = made(ZeroOutputInit(), router=ROUTER_ROWS[router], num_experts=4, num_shared_experts=2)
+    free = type(next(iter(moe_layers(moe).values())).router).__name__ == "MoEPlusPlusRouter"
+    assert receipt.preserved != free
+    if not free:
+        torch.manual_seed(0)
+        assert max(difference(dense, moe), difference(dense, moe.train())) <= PROMISE
+
+
+def test_zero_outputs_train():
+    _, moe, _ = made(ZeroOutputInit(), num_shared_experts=1)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    ids, grads = token_ids(3, 7), []
+    for _ in range(2):
+        moe(input_ids=ids, labels=ids).loss.backward()
+        experts = moe_layers(moe)["model.layers.0.mlp"].experts
+        grads.append([bool(weight.grad.any()) for weight in (experts.first_proj, experts.down_proj)])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert grads == [[False, True], [True, True]]
+
+
+@every_family
+@pytest.mark.parametrize("frozen", [False, True])
+def test_low_rank_experts_train_their_changes_and_nothing_of_the_ffn(family, frozen):
+    dense = dense_model(family).requires_grad_(not frozen)
+    upcycle(dense, UpcycleConfig(num_experts=4, router=routed(TopKRouter, 2, normalize=False), init=LowRankInit(3)))
+    for layer in moe_layers(dense).values():
+        assert isinstance(layer.experts, LowRankExperts)
+        trains = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+        assert trains == {"router.gate", *(f"experts.{name}" for name in ("first_a", "first_b", "down_a", "down_b"))}
+    if frozen:
+        assert sum(p.requires_grad for p in dense.parameters()) == 5 * len(moe_layers(dense))
+
+
+def test_the_receipt_counts_low_rank_parameters():
+    _, _, receipt = made(LowRankInit(rank=4), router=routed(TopKRouter, 2))
+    # 16 channels, 24 neurons, rank 4: A and B of gate, up and down are 4 x (16 + 24) each
+    changes, router = 3 * 4 * (16 + 24), 16 * E
+    assert receipt.parameters_added == 2 * (E * changes + router)
+    assert receipt.active_parameters[1] - receipt.active_parameters[0] == 2 * (2 * changes + router)
+    assert receipt.expert_similarity == 1.0
+
+
+# --- branch, train, mix ---
+
+
+def branches_of(family="llama", number=2):
+    found = []
+    for seed in range(number):
+        torch.manual_seed(10 + seed)
+        found.append(dense_model(family))
+        for parameter in found[-1].parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return found
+
+
+@every_family
+@pytest.mark.parametrize("include_dense", [True, False])
+def test_branches_become_experts_and_the_rest_their_mean(family, include_dense):
+    branches, dense = branches_of(family), dense_model(family)
+    sources = [dense, *branches] if include_dense else branches
+    moe, name = copy.deepcopy(dense), FAMILY_ROWS[family].names[1]
+    init = BranchTrainMixInit(branches, include_dense)
+    receipt = upcycle(moe, UpcycleConfig(num_experts=len(sources), init=init, layers=1))
+    experts = moe_layers(moe)[name].experts
+    for expert, source in enumerate(sources):
+        ffn = find_ffns(source)[name]
+        parts = [ffn.up] if ffn.gate is None else [ffn.gate, ffn.up]
+        assert torch.equal(experts.first_proj[expert], torch.cat(parts))
+        assert torch.equal(experts.down_proj[expert], ffn.down)
+        if ffn.down_bias is not None:
+            assert torch.equal(experts.down_proj_bias[expert], ffn.down_bias)
+    # all but the one layer, and so the other's FFN too
+    others = {key: value for key, value in moe.named_parameters() if not key.startswith(name)}
+    assert any(FAMILY_ROWS[family].names[0] in key for key in others)
+    for key, value in others.items():
+        wanted = sum(dict(source.named_parameters())[key] for source in sources) / len(sources)
+        torch.testing.assert_close(value, wanted)
+    assert not receipt.preserved
+    assert "the rest is these models' mean" in receipt.reason
+
+
+def test_branches_that_are_the_dense_model_change_nothing():
+    dense = dense_model()
+    moe = copy.deepcopy(dense)
+    init = BranchTrainMixInit([copy.deepcopy(dense) for _ in range(3)])
+    receipt = upcycle(moe, UpcycleConfig(num_experts=4, init=init), batch=FAMILY_ROWS["llama"].batch())
+    assert receipt.measured_difference <= PROMISE
+    assert difference(dense, moe) <= PROMISE
+
+
+def test_branches_by_path_into_a_part_of_a_module(tmp_path):
+    paths, branches = [str(tmp_path / name) for name in "ab"], branches_of()
+    for path, branch in zip(paths, branches, strict=True):
+        branch.save_pretrained(path)
+    by_path, by_module = (nn.ModuleDict({"model": dense_model()}) for _ in range(2))
+    upcycle(by_path, UpcycleConfig(num_experts=3, init=BranchTrainMixInit(paths), seed=1))
+    upcycle(by_module, UpcycleConfig(num_experts=3, init=BranchTrainMixInit(branches), seed=1))
+    for one, other in zip(by_path.parameters(), by_module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_branch_of_another_architecture_is_refused_before_anything_changes(tmp_path):
+    short = FAMILY_ROWS["llama"].build()
+    short.model.layers = short.model.layers[:1]
+    short.config.num_hidden_layers = 1
+    short.save_pretrained(tmp_path / "short")
+    FAMILY_ROWS["gpt2"].build().save_pretrained(tmp_path / "gpt2")
+    dense = dense_model()
+    before = copy.deepcopy(dense.state_dict())
+    for branch, message in (
+        (short, "number 0, a LlamaForCausalLM, is of another architecture: model.layers.1"),
+        (str(tmp_path / "short"), "is of another architecture: model.layers.1"),
+        (str(tmp_path / "gpt2"), "gpt2' is no LlamaForCausalLM: it lacks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([branch])))
+    assert moe_layers(dense) == {}
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
 def test_balanced_kmeans_finds_clusters_of_equal_size():
     torch.manual_seed(0)
     centres = 10 * torch.eye(4, 6)
@@ -315,7 +534,9 @@ def test_rows_are_of_the_size_asked_for_and_each_layer_has_its_own(row):
     assert receipt.preserved
     assert not torch.equal(gates[0], gates[1])
     for gate in gates:
-        if row.cls is NormalRouterInit:
+        if row.cls is ZeroRouterInit:
+            assert 0 < gate.abs().max() < 1e-3
+        elif row.cls is NormalRouterInit:
             assert gate.std().item() == pytest.approx(0.1, rel=0.3)
         else:
             torch.testing.assert_close(gate.norm(dim=1), torch.full((4,), 0.1 * math.sqrt(16)))
@@ -333,7 +554,7 @@ def test_orthogonal_rows():
 
 
 def test_almost_equal_scores_and_yet_no_tie():
-    model, _ = with_rows(NormalRouterInit(1e-4))
+    model, _ = with_rows(ZeroRouterInit())
     with record_routing() as window, torch.no_grad():
         model(**FAMILY_ROWS["llama"].batch(16, 16))
     for routing in window.values():
@@ -388,6 +609,11 @@ def test_kmeans_rows_spread_the_tokens_they_were_made_of():
         (GranularInit(5), {"num_experts": 5}, r"granularity=5 does not divide the FFN's width, 24"),
         (GranularInit(2), {"router": HashRouter}, "HashRouter has not one row per expert"),
         (SplitInit(), {"num_experts": 7}, "num_experts=7 does not divide the FFN's width, 24"),
+        (SplitInit(), {"num_shared_experts": 1}, "num_experts=8 and 1 shared, together, does not divide"),
+        (ZeroOutputInit(), {}, r"model\.layers\.0\.mlp: ZeroOutputInit leaves .* set num_shared_experts=1"),
+        (BranchTrainMixInit([dense_model()]), {}, "has 1 models and the dense model itself; set num_experts=2"),
+        (BranchTrainMixInit([dense_model("gpt2")], False), {"num_experts": 1}, "number 0, a GPT2LMHeadModel, is of an"),
+        (BranchTrainMixInit(["nowhere/at-all"]), {"num_experts": 2}, "'nowhere/at-all' cannot be loaded as Llama"),
         (None, {"router_init": CentroidRouterInit()}, "1 calibration batches for 8 experts"),
         (None, {"router_init": OrthogonalRouterInit(), "num_experts": 17}, "17 experts cannot have orthogonal rows"),
         (None, {"router_init": NormalRouterInit(), "router": ROUTERS["cosine"]}, "CosineRouter has not"),
@@ -416,6 +642,11 @@ def test_what_looks_at_hidden_states_wants_a_batch(changes):
         (lambda: DropInit(ratio=1.5), r"ratio=1\.5"),
         (lambda: GranularInit(0), "granularity=0"),
         (lambda: NormalRouterInit(0.0), "std=0"),
+        (lambda: ZeroRouterInit(0.0), "tie_breaking=0"),
+        (lambda: LowRankInit(rank=0), "rank=0"),
+        (lambda: LowRankInit(alpha=-1.0), "alpha=-1"),
+        (lambda: BranchTrainMixInit([]), r"models=\[\]: wanted a list"),
+        (lambda: BranchTrainMixInit("one"), "models='one': wanted a list"),
         (lambda: OrthogonalRouterInit(-1.0), "std=-1"),
         (lambda: CentroidRouterInit(0.0), "std=0"),
         (lambda: KMeansRouterInit(num_iterations=0), "num_iterations=0"),

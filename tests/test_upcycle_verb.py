@@ -240,7 +240,7 @@ class LateInit(ExpertInit):
     def __init__(self, looks):
         self.looks = looks
 
-    def __call__(self, experts, dense, generator, inputs=None):
+    def __call__(self, experts, dense, generator, states=None):
         if (self.looks and float(dense.up.sum()) == 0) or (not self.looks and dense.expert_size == 13):
             raise ValueError("no second layer")
         for expert in range(experts.num_experts):

@@ -7,22 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.__about__ import __version__
+from lightning_moe.config import UpcycleConfig
 from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights, find_ffns
 from lightning_moe.initializers import (
     INITIALIZERS,
     ROUTER_INITIALIZERS,
+    BranchTrainMixInit,
     CentroidRouterInit,
     CopyInit,
     DropInit,
     ExpertInit,
+    FFNStates,
     GranularInit,
     KMeansRouterInit,
+    LowRankInit,
     NoiseInit,
     NormalRouterInit,
     OrthogonalRouterInit,
     RouterInit,
     SplitInit,
+    ZeroOutputInit,
+    ZeroRouterInit,
 )
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import (
@@ -42,6 +48,7 @@ from lightning_moe.losses import (
     load_balancing_loss,
     z_loss,
 )
+from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.metrics import (
     ROUTING_METRICS,
     ActiveExperts,
@@ -108,7 +115,7 @@ from lightning_moe.routers import (
 from lightning_moe.routing import MoEWarning, Routing, expert_load, limit_capacity, record_routing
 from lightning_moe.saving import load_moe, save_moe
 from lightning_moe.tokens import Tokens
-from lightning_moe.upcycle import UpcycleConfig, upcycle
+from lightning_moe.upcycle import upcycle
 
 if TYPE_CHECKING:
     from lightning_moe.callbacks import (
@@ -154,6 +161,7 @@ __all__ = [
     "BalanceLoss",
     "BalanceLossCallback",
     "BatchMaxViolation",
+    "BranchTrainMixInit",
     "CentroidRouterInit",
     "CoefficientOfVariation",
     "CopyInit",
@@ -178,6 +186,7 @@ __all__ = [
     "ExpertWeightDistance",
     "Experts",
     "FFNFamily",
+    "FFNStates",
     "FFNWeights",
     "GShardRouter",
     "GiniCoefficient",
@@ -192,6 +201,8 @@ __all__ = [
     "LoadImbalance",
     "LoadLoss",
     "LossFreeRouter",
+    "LowRankExperts",
+    "LowRankInit",
     "MaxRouterLogit",
     "MaxViolation",
     "MinViolation",
@@ -241,6 +252,8 @@ __all__ = [
     "VocabularySpecialization",
     "XMoERouter",
     "ZLoss",
+    "ZeroOutputInit",
+    "ZeroRouterInit",
     "__version__",
     "combine",
     "dispatch",

@@ -20,12 +20,12 @@ from lightning_moe.callbacks import (
 )
 from lightning_moe.cli_errors import explain, nearest, told_by
 from lightning_moe.cli_upcycle import main as upcycle_main
+from lightning_moe.config import UpcycleConfig
 from lightning_moe.data import TextDataModule
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
 from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
-from lightning_moe.upcycle import UpcycleConfig
 
 _CLASSES: tuple[type, ...] = (
     MoEModule,

@@ -16,12 +16,13 @@ from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 # imported so that jsonargparse finds the classes by their short names
 from lightning_moe.cli_errors import explain, told_by
+from lightning_moe.config import UpcycleConfig
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.module import load_model
 from lightning_moe.receipt import Receipt
 from lightning_moe.routers import ROUTERS
 from lightning_moe.saving import CONFIG_FILE, save_moe
-from lightning_moe.upcycle import UpcycleConfig, upcycle
+from lightning_moe.upcycle import upcycle
 
 _CALIBRATION_TOKENS = 1024
 # the outputs before and after are compared on these: their logits are all in memory

@@ -260,6 +260,27 @@ class Experts(nn.Module):
         """The bias beside `first_proj`."""
         return self.gate_up_proj_bias if self.gated else self.up_proj_bias
 
+    @property
+    def parameters_per_expert(self) -> float:
+        """How many parameters one expert has."""
+        return sum(p.numel() for p in self.parameters()) / self.num_experts
+
+    def weights(self) -> list[Float[Tensor, "E ..."]]:
+        """The weights and biases of all experts, each tensor with one entry per expert."""
+        return list(self.parameters(recurse=False))
+
+    def parameters_for(self, part: str) -> list[nn.Parameter]:
+        """The parameters that took the place of one of the dense FFN's.
+
+        Args:
+            part: its name in `FFNWeights`, such as ``"up"`` or ``"down_bias"``.
+        """
+        if part.startswith("down"):
+            found = self.down_proj_bias if part.endswith("bias") else self.down_proj
+        else:
+            found = self.first_proj_bias if part.endswith("bias") else self.first_proj
+        return [] if found is None else [found]
+
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, expert_size={self.expert_size}"

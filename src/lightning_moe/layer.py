@@ -183,9 +183,14 @@ def _explain_mismatch(
         if key in state_dict and state_dict[key].shape != tensor.shape:
             raise ValueError(
                 f"{key}: the checkpoint has shape {tuple(state_dict[key].shape)}, that is "
-                f"{state_dict[key].shape[0]} experts; this model has {tuple(tensor.shape)}. Upcycle with the "
+                f"{_experts_in(state_dict[key])}; this model has {tuple(tensor.shape)}. Upcycle with the "
                 "configuration that the checkpoint was trained with."
             )
+
+
+def _experts_in(tensor: Tensor) -> str:
+    # low-rank experts share one FFN
+    return f"{tensor.shape[0]} experts" if tensor.shape[0] > 1 else "one expert, or low-rank experts"
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

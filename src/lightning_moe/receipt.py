@@ -85,6 +85,47 @@ class Receipt:
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """What `expand` did.
+
+    Args:
+        layers: names of the MoE layers.
+        num_experts: experts per layer before and after, shared ones left out.
+        copies: of each layer, how many of the new experts come from each old one; they stand side by side.
+        parameters: total before and after.
+        preserved: whether step 0 computes exactly the model before, as seen in evaluation.
+        reason: why, or why not.
+        measured_difference: max |logit difference| to the model before on the batch given; None without one.
+        seed: what the noise derives from.
+    """
+
+    layers: tuple[str, ...]
+    num_experts: tuple[int, int]
+    copies: Mapping[str, tuple[int, ...]]
+    parameters: tuple[int, int]
+    preserved: bool
+    reason: str
+    measured_difference: float | None
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, for JSON."""
+        return {**asdict(self), "copies": {name: list(counts) for name, counts in self.copies.items()}}
+
+    def __str__(self) -> str:
+        counts = sorted({count for counts in self.copies.values() for count in counts})
+        rows = [
+            ("copies", f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of each expert"),
+            ("parameters", " -> ".join(map(_human, self.parameters))),
+        ]
+        rows.append(("step 0", f"{'the model before' if self.preserved else 'NOT the model before'}: {self.reason}"))
+        if self.measured_difference is not None:
+            rows.append(("measured", f"max |logit difference| = {self.measured_difference:.1e}"))
+        title = "Expanded {} MoE layers from {} to {} experts.".format(len(self.layers), *self.num_experts)
+        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
+
+
 @torch.no_grad()
 def expert_similarity(experts: Experts) -> float | None:
     """Mean cosine of the weights of two experts, biases included: `ExpertWeightCosine`, in constant memory.
@@ -103,7 +144,7 @@ def expert_similarity(experts: Experts) -> float | None:
         >>> f"{expert_similarity(experts):.3f}"
         '1.000'
     """
-    weights = list(experts.parameters(recurse=False))
+    weights = experts.weights()
     num_experts = experts.num_experts
     if num_experts < 2 or any(weight.is_meta for weight in weights):
         return None

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from lightning_moe.__about__ import __version__
+from lightning_moe.config import UpcycleConfig
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNFamily, FFNWeights
-from lightning_moe.initializers import CopyInit, ExpertInit
+from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
 from lightning_moe.layer import MoELayer, moe_layers
-from lightning_moe.receipt import Receipt
+from lightning_moe.low_rank import LowRankExperts
+from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import ROUTERS, Router
 from lightning_moe.routers.base import init_arguments
-from lightning_moe.upcycle import UpcycleConfig, upcycle
+from lightning_moe.upcycle import upcycle
 
 CONFIG_FILE = "moe_config.json"
 # None of transformers' own names: from_pretrained on this directory would build a random model of default size.
@@ -71,7 +73,9 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     family = None if recipe["family"] is None else FFNFamily(**recipe["family"])
     built: dict[str, tuple[Any, ...]] = {}
     for name, layer in recipe["layers"].items():
-        key = json.dumps({part: value for part, value in layer.items() if part != "expert_size"}, sort_keys=True)
+        key = json.dumps(
+            {part: value for part, value in layer.items() if not part.endswith("expert_size")}, sort_keys=True
+        )
         built.setdefault(key, (layer, []))[1].append(name)
     if len(built) != 1:
         raise ValueError("moe_config: the layers differ in their routers; one configuration serves all layers.")
@@ -86,7 +90,7 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
         UpcycleConfig(
             num_experts=layer["num_experts"],
             router=router,
-            init=_OfSize({name: saved["expert_size"] for name, saved in recipe["layers"].items()}),
+            init=_AsSaved(recipe["layers"]),
             num_shared_experts=layer.get("num_shared_experts", 0),
             capacity_factor=layer.get("capacity_factor"),
             layers=names,
@@ -95,27 +99,45 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     )
 
 
-class _OfSize(CopyInit):
-    # what will be loaded takes the place of every weight: only the widths count
-    def __init__(self, sizes: dict[str, int], size: int = 0) -> None:
-        self.sizes = sizes
-        self.size = size
+class _AsSaved(ExpertInit):
+    # what will be loaded takes the place of every weight: only kind and widths of the experts count
+    copies_dense = True
+
+    def __init__(self, layers: dict[str, dict[str, Any]], layer: dict[str, Any] | None = None) -> None:
+        self.layers = layers
+        self.layer = layer or {}
 
     def for_layer(self, name: str) -> ExpertInit:
-        return _OfSize(self.sizes, self.sizes[name])
+        return _AsSaved(self.layers, self.layers[name])
 
-    def expert_size(self, dense_size: int, num_experts: int) -> int:
-        return self.size
+    def expert_size(self, dense_size: int, num_experts: int, num_shared: int = 0) -> int:
+        size: int = self.layer["expert_size"]
+        return size
+
+    def shared_size(self, dense_size: int, num_experts: int, num_shared: int) -> int:
+        return self.layer.get("shared_expert_size") or dense_size
+
+    def new_experts(self, num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
+        if low_rank := self.layer.get("low_rank"):
+            return LowRankInit(**low_rank).new_experts(num_experts, expert_size, dense)
+        return super().new_experts(num_experts, expert_size, dense)
 
     def __call__(
-        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, inputs: Tensor | None = None
+        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None = None
     ) -> None:
-        if self.size == dense.expert_size:
-            super().__call__(experts, dense, generator)
+        if isinstance(experts, LowRankExperts):
+            LowRankInit(experts.rank, experts.alpha)(experts, dense, generator, states)
+        elif experts.expert_size == dense.expert_size:
+            CopyInit()(experts, dense, generator, states)
+
+    def fill_shared(
+        self, shared: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None
+    ) -> None:
+        self(shared, dense, generator, states)
 
 
 def save_moe(
-    model: nn.Module, path: str | Path, *, family: FFNFamily | None = None, receipt: Receipt | None = None
+    model: nn.Module, path: str | Path, *, family: FFNFamily | None = None, receipt: Receipt | Expansion | None = None
 ) -> None:
     """Writes an upcycled model to a directory: ``moe_model*.safetensors`` and ``moe_config.json``.
 
@@ -124,7 +146,7 @@ def save_moe(
             nothing else.
         path: the directory, made if it does not exist.
         family: the family it was upcycled with, if that is none of `FFN_FAMILIES`.
-        receipt: what `upcycle` returned, to be kept beside the recipe; loading does not need it.
+        receipt: what `upcycle` or `expand` returned, to be kept beside the recipe; loading does not need it.
 
     Raises:
         ValueError: if the model has no MoE layer.
@@ -193,7 +215,7 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
 
 def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
-    router = type(layer.router)
+    router, experts = type(layer.router), layer.experts
     arguments = init_arguments(layer.router, skip=("hidden_size", "num_experts"))
     try:
         json.dumps(arguments)
@@ -203,10 +225,12 @@ def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
             "numbers, strings, lists or None."
         ) from error
     return {
-        "num_experts": layer.experts.num_experts,
+        "num_experts": experts.num_experts,
         "num_shared_experts": 0 if layer.shared_experts is None else layer.shared_experts.num_experts,
         "capacity_factor": layer.capacity_factor,
-        "expert_size": layer.experts.expert_size,
+        "expert_size": experts.expert_size,
+        "shared_expert_size": None if layer.shared_experts is None else layer.shared_experts.expert_size,
+        "low_rank": {"rank": experts.rank, "alpha": experts.alpha} if isinstance(experts, LowRankExperts) else None,
         "router": {"class_path": f"{router.__module__}.{router.__qualname__}", "init_args": arguments},
     }
 

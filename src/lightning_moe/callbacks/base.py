@@ -6,7 +6,8 @@ strategy does to it later, as DeepSpeed).
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,30 @@ def set_loss_scale(
 
     if loss.requires_grad:
         loss.register_hook(write)
+
+
+def training_batches(trainer: Any, number: int) -> list[Any]:
+    """Takes the first batches of the training data, before the Trainer does; the order that it draws stays the same.
+
+    Raises:
+        MisconfigurationException: if this is no ``fit``, or its data is no single loader of batches.
+    """
+    source = trainer.fit_loop._data_source
+    if not trainer.state.fn == "fit" or not source.is_defined():
+        raise MisconfigurationException(
+            f"calibration={number} takes batches of the training data, which only fit(...) has. Give the batches "
+            "themselves, or call upcycle(model, config, calibration=[batch, ...]) before."
+        )
+    state = random_state()
+    try:
+        loader = source.dataloader()
+        if isinstance(loader, (Mapping, list, tuple)):
+            raise MisconfigurationException(
+                f"calibration={number}: the training data is a {type(loader).__name__} of loaders. Give the batches."
+            )
+        return list(islice(loader, number))
+    finally:
+        set_random_state(state)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

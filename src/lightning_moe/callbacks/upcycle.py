@@ -2,7 +2,7 @@
 
 import textwrap
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,17 +11,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_moe.calibration import Batch, looks_at_states
 from lightning_moe.callbacks.balancing import BalanceLossCallback
-from lightning_moe.callbacks.base import callbacks_of, random_state, set_random_state, uses_deepspeed
+from lightning_moe.callbacks.base import (
+    callbacks_of,
+    random_state,
+    set_random_state,
+    training_batches,
+    uses_deepspeed,
+)
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.unreached import check_reached
+from lightning_moe.config import UpcycleConfig, check_config
 from lightning_moe.ffn import FFNFamily, find_ffns
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.receipt import Receipt
 from lightning_moe.saving import moe_recipe
-from lightning_moe.upcycle import UpcycleConfig, check_config, upcycle
+from lightning_moe.upcycle import upcycle
 
 CHECKPOINT_KEY = "lightning_moe"
 
@@ -41,10 +49,15 @@ class MoEUpcycleCallback(Callback):
         log_utilization: whether to log how the experts are used.
         module: attribute path of the part of the LightningModule to upcycle, as ``"model.language_model"``; None takes
             all of it.
+        calibration: batches for initialisers that look at hidden states or gradients: inputs of the model, or a number,
+            which takes so many batches of the training data. They go to the ``forward`` of what is upcycled: a mapping
+            as keyword arguments, of a tuple the first entry.
 
     Raises:
+        ValueError: if ``calibration`` is a number below 1.
         MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
-            or if another callback has copied the dense module before.
+            if there are no training batches to calibrate with, or if another callback has copied the dense module
+            before.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -58,12 +71,16 @@ class MoEUpcycleCallback(Callback):
         balance_losses: list[BalanceLoss] | bool = True,
         log_utilization: bool = True,
         module: str | None = None,
+        calibration: Sequence[Batch] | int | None = None,
     ) -> None:
         check_config(config)
         self.config = config
         self.balance_losses = balance_losses
         self.log_utilization = log_utilization
         self.module = module
+        if isinstance(calibration, int) and calibration < 1:
+            raise ValueError(f"calibration={calibration}: wanted a number of batches, 1 or more, or the batches.")
+        self.calibration = calibration
         self.receipt: Receipt | None = None
         self._receipt_written = False
         self._saved_receipt: dict[str, Any] | None = None
@@ -79,9 +96,9 @@ class MoEUpcycleCallback(Callback):
         _check_order(trainer, self)
         self._add_parts(trainer)
         if self._is_lazy(pl_module):
-            _run_after(pl_module, "configure_model", lambda _: self._upcycle(pl_module))
+            _run_after(pl_module, "configure_model", lambda _: self._upcycle(trainer, pl_module))
         else:
-            self._upcycle(pl_module)
+            self._upcycle(trainer, pl_module)
         if stage == "fit":
             _run_after(pl_module, "configure_optimizers", lambda made: self._repoint(pl_module, made))
 
@@ -194,7 +211,7 @@ class MoEUpcycleCallback(Callback):
             return True
         return False
 
-    def _upcycle(self, pl_module: LightningModule) -> None:
+    def _upcycle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if layers := moe_layers(pl_module):
             rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
             return
@@ -208,10 +225,23 @@ class MoEUpcycleCallback(Callback):
                     f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
                 ) from error
         self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
-        self.receipt, self._receipt_written = upcycle(target, self.config), False
+        self.receipt = upcycle(target, self.config, calibration=self._calibration(trainer, target))
+        self._receipt_written = False
         for name, layer in moe_layers(pl_module).items():
             layer.name = name
         rank_zero_info(str(self.receipt))
+
+    def _calibration(self, trainer: Trainer, target: nn.Module) -> Sequence[Batch] | None:
+        if not any(looks_at_states(part) for part in (self.config.init, self.config.router_init)):
+            return None
+        if self.calibration is not None and type(target).forward is LightningModule.forward:
+            inner = next((name for name, part in target.named_modules() if hasattr(part, "from_pretrained")), "model")
+            raise MisconfigurationException(
+                f"calibration: {type(target).__name__} has no forward that could take a batch. Name the part that has "
+                f"one: MoEUpcycleCallback(..., module={inner!r})."
+            )
+        batches = self.calibration
+        return training_batches(trainer, batches) if isinstance(batches, int) else batches
 
     def _repoint(self, pl_module: LightningModule, made: Any) -> None:
         # LightningCLI's --optimizer, or a user, may have made the optimizer before the upcycling: it holds the dense
@@ -260,17 +290,12 @@ def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:
     # which MoE parameters follow one dense parameter; the router goes where the up projection was
     name, canonical = place.split("/")
     layer = layers[name]
-    found = []
-    for experts in (layer.experts, layer.shared_experts):
-        if experts is None:
-            continue
-        if canonical.startswith("down"):
-            found.append(experts.down_proj_bias if canonical.endswith("bias") else experts.down_proj)
-        else:
-            found.append(experts.first_proj_bias if canonical.endswith("bias") else experts.first_proj)
+    found = [
+        p for experts in (layer.experts, layer.shared_experts) if experts for p in experts.parameters_for(canonical)
+    ]
     if canonical == "up":
         found += list(layer.router.parameters())
-    return [p for p in found if p is not None and p.requires_grad]
+    return [p for p in found if p.requires_grad]
 
 
 def _optimizers(made: Any) -> list[Optimizer]:

@@ -1,7 +1,8 @@
 """What an initialiser is, and the functions that initialisers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,8 +10,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_moe.experts import Experts
-from lightning_moe.ffn import FFNWeights
+from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.routers import Router
+
+
+@dataclass(frozen=True)
+class FFNStates:
+    """What passed through one dense FFN on the calibration batches, padding left out.
+
+    Args:
+        batches: hidden states that reached the FFN, one tensor for each batch.
+        saliency: ``h * dL/dh`` of each neuron's activation h, the first-order change of the loss if it were 0, for the
+            tokens of all batches; None where no initialiser asked for it.
+    """
+
+    batches: Sequence[Float[Tensor, "_ D"]]
+    saliency: Float[Tensor, "T F"] | None = None
+
+    @property
+    def inputs(self) -> Float[Tensor, "T D"]:
+        """The hidden states of all batches."""
+        return torch.cat(list(self.batches))
+
+    def to(self, device: torch.device | str) -> "FFNStates":
+        """The same on another device."""
+        saliency = None if self.saliency is None else self.saliency.to(device)
+        return FFNStates([batch.to(device) for batch in self.batches], saliency)
 
 
 class ExpertInit(ABC):
@@ -25,11 +50,30 @@ class ExpertInit(ABC):
     needs_inputs: ClassVar[bool] = False
     """Looks at hidden states of a calibration batch, see `upcycle`."""
 
+    needs_saliency: ClassVar[bool] = False
+    """Looks at gradients of the loss on the calibration batches too; they must have labels."""
+
+    routes_nothing: ClassVar[bool] = False
+    """At step 0 the routed experts add nothing, whatever the router does."""
+
+    def for_model(self, model: nn.Module, names: Sequence[str], family: FFNFamily | None) -> "ExpertInit":
+        """The initialiser for one model, before anything of it is changed; most are the same for all.
+
+        Args:
+            model: still dense.
+            names: of the FFNs that will be replaced.
+            family: what these were looked for as, see `find_ffns`.
+
+        Raises:
+            ValueError: if it does not fit the model.
+        """
+        return self
+
     def for_layer(self, name: str) -> "ExpertInit":
         """The initialiser of one layer, by its name in the model; most are the same for all."""
         return self
 
-    def expert_size(self, dense_size: int, num_experts: int) -> int:
+    def expert_size(self, dense_size: int, num_experts: int, num_shared: int = 0) -> int:
         """The width of one expert, for a dense FFN of width ``dense_size``.
 
         Raises:
@@ -37,15 +81,25 @@ class ExpertInit(ABC):
         """
         return dense_size
 
-    def output_scale(self, weights_sum: float, num_experts: int, experts_per_token: float) -> float:
-        """What the sum of a token's experts is to be multiplied by, to be the output of one dense FFN.
+    def shared_size(self, dense_size: int, num_experts: int, num_shared: int) -> int:
+        """The width of one shared expert."""
+        return dense_size
+
+    def new_experts(self, num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
+        """Makes the layer's experts, yet without weights: on the meta device. A frozen FFN becomes frozen experts."""
+        return experts_like(dense, num_experts, expert_size)
+
+    def scales(self, weights_sum: float, num_experts: int, num_shared: int) -> tuple[float, float]:
+        """What the outputs of the routed and of the shared experts are to be multiplied by, to be one dense FFN's.
 
         Args:
             weights_sum: what a token's combine weights sum to.
             num_experts: E.
-            experts_per_token: K.
+            num_shared: number of shared experts.
         """
-        return 1 / weights_sum
+        # the shared experts together count S times, the routed ones together as often as their weights say
+        whole = num_shared + weights_sum
+        return 1 / whole, 1 / whole
 
     def init_router(self, router: Router, generator: torch.Generator) -> None:
         """Changes the router to what the experts need of it; most need nothing."""
@@ -61,16 +115,50 @@ class ExpertInit(ABC):
 
     @abstractmethod
     def __call__(
-        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, inputs: Float[Tensor, "T D"] | None
+        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None
     ) -> None:
         """Writes the experts' parameters in place.
 
         Args:
-            experts: uninitialised experts of the width that `expert_size` gave.
+            experts: what `new_experts` made, uninitialised.
             dense: the weights of the FFN that they replace.
             generator: the layer's own source of random numbers, on the CPU.
-            inputs: hidden states that reached the FFN, for initialisers that need them.
+            states: what passed through the FFN, for initialisers that need it.
         """
+
+    def fill_shared(
+        self, shared: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None
+    ) -> None:
+        """Writes the parameters of the shared experts in place, after those of the others: mostly copies."""
+        for expert in range(shared.num_experts):
+            copy_neurons(shared, expert, dense, slice(None))
+
+    def finish(self, model: nn.Module) -> None:
+        """Changes what is not an expert, once all layers are in; most change nothing."""
+        return
+
+
+def experts_like(dense: FFNWeights, num_experts: int, expert_size: int) -> Experts:
+    """Makes experts of the kind of a dense FFN, on the meta device; they are frozen where it is.
+
+    Args:
+        dense: the FFN.
+        num_experts: how many.
+        expert_size: how wide each is.
+    """
+    experts = Experts(
+        num_experts,
+        dense.hidden_size,
+        expert_size,
+        activation=dense.activation,
+        gated=dense.gate is not None,
+        up_bias=dense.up_bias is not None,
+        down_bias=dense.down_bias is not None,
+        inner_dropout=dense.inner_dropout,
+        device="meta",
+        dtype=dense.up.dtype,
+    )
+    return experts.requires_grad_(any(source.requires_grad for _, source in dense.sources))
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
 """Sparse upcycling: every expert is a copy."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, copy_neurons
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
 
 
 class CopyInit(ExpertInit):
@@ -29,7 +27,7 @@ class CopyInit(ExpertInit):
         experts: Experts,
         dense: FFNWeights,
         generator: torch.Generator,
-        inputs: Float[Tensor, "T D"] | None = None,
+        states: FFNStates | None = None,
     ) -> None:
         """Copies the dense weights into every expert; nothing is random."""
         for expert in range(experts.num_experts):

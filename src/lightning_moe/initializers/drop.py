@@ -3,12 +3,10 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, copy_neurons, randn
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, randn
 
 
 class DropInit(ExpertInit):
@@ -49,7 +47,7 @@ class DropInit(ExpertInit):
         experts: Experts,
         dense: FFNWeights,
         generator: torch.Generator,
-        inputs: Float[Tensor, "T D"] | None = None,
+        states: FFNStates | None = None,
     ) -> None:
         """Copies the dense weights and draws the chosen neurons anew."""
         size = experts.expert_size

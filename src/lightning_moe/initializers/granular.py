@@ -1,12 +1,10 @@
 """Virtual-group upcycling: many small experts that together are the dense FFN."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, copy_neurons, gate_parameter
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, gate_parameter
 from lightning_moe.routers import Router
 
 
@@ -39,7 +37,7 @@ class GranularInit(ExpertInit):
             raise ValueError(f"granularity={granularity}: wanted the number of shards, 1 or more.")
         self.granularity = granularity
 
-    def expert_size(self, dense_size: int, num_experts: int) -> int:
+    def expert_size(self, dense_size: int, num_experts: int, num_shared: int = 0) -> int:
         """A G-th of the dense width."""
         for what, number in (("the FFN's width", dense_size), ("num_experts", num_experts)):
             if number % self.granularity:
@@ -48,9 +46,10 @@ class GranularInit(ExpertInit):
                 )
         return dense_size // self.granularity
 
-    def output_scale(self, weights_sum: float, num_experts: int, experts_per_token: float) -> float:
+    def scales(self, weights_sum: float, num_experts: int, num_shared: int) -> tuple[float, float]:
         """G times that of copies: a token's weights are shared out over the shards of a copy."""
-        return self.granularity / weights_sum
+        routed, shared = super().scales(weights_sum, num_experts, num_shared)
+        return self.granularity * routed, shared
 
     @torch.no_grad()
     def init_router(self, router: Router, generator: torch.Generator) -> None:
@@ -77,7 +76,7 @@ class GranularInit(ExpertInit):
         experts: Experts,
         dense: FFNWeights,
         generator: torch.Generator,
-        inputs: Float[Tensor, "T D"] | None = None,
+        states: FFNStates | None = None,
     ) -> None:
         """Copies each shard to its places; of the down projection's bias each shard has its part."""
         size, G = experts.expert_size, self.granularity

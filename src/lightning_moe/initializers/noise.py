@@ -1,12 +1,10 @@
 """Copies with noise: experts that differ a little from the first step."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, copy_neurons, randn
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, randn
 from lightning_moe.routers.base import check_not_negative
 
 
@@ -48,7 +46,7 @@ class NoiseInit(ExpertInit):
         experts: Experts,
         dense: FFNWeights,
         generator: torch.Generator,
-        inputs: Float[Tensor, "T D"] | None = None,
+        states: FFNStates | None = None,
     ) -> None:
         """Copies the dense weights and disturbs them, one expert and one projection after the other."""
         for expert in range(experts.num_experts):

@@ -58,22 +58,22 @@ class RouterInit(ABC):
 class NormalRouterInit(RouterInit):
     """Rows of normal numbers, ``N(0, std^2)``: what most routers begin with.
 
+    Reference: Muennighoff et al., *OLMoE*, 2024, https://arxiv.org/abs/2409.02060, with a standard deviation of 0.02.
+
     Args:
-        std: standard deviation; 0.02 in OLMoE and LibMoE. Near 0, as 1e-4, all scores are close to equal at the start
-            and the choice is yet different from token to token: a row of zeros would tie, and the tie be broken the
-            same way for all tokens.
+        std: standard deviation.
 
     Raises:
         ValueError: if ``std`` is not above 0.
 
     Example:
-        >>> NormalRouterInit(1e-4).rows(4, 8, torch.Generator().manual_seed(0), None).shape
+        >>> NormalRouterInit(0.02).rows(4, 8, torch.Generator().manual_seed(0), None).shape
         torch.Size([4, 8])
     """
 
     def __init__(self, std: float = 0.02) -> None:
         if std <= 0:
-            raise ValueError(f"std={std}: wanted a number > 0. For scores that are close to equal take 1e-4.")
+            raise ValueError(f"std={std}: wanted a number > 0. For rows of zeros take ZeroRouterInit.")
         self.std = std
 
     def rows(
@@ -83,8 +83,43 @@ class NormalRouterInit(RouterInit):
         return randn((num_experts, hidden_size), generator, torch.zeros(())) * self.std
 
 
+class ZeroRouterInit(RouterInit):
+    """Rows of zeros but for what breaks the ties: all scores are equal, and yet tokens choose differently.
+
+    Rows of plain zeros would tie, and the tie be broken the same way for all tokens: the same K experts would get them
+    all, and only these train. So the rows are normal numbers, small enough that no weight shows them.
+
+    Reference: He et al., *Upcycling Large Language Models into Mixture of Experts*, 2024,
+    https://arxiv.org/abs/2410.07524, for weights that are equal at the start, with which a softmax that is not
+    normalised again is exact up to a factor.
+
+    Args:
+        tie_breaking: standard deviation of the rows.
+
+    Raises:
+        ValueError: if ``tie_breaking`` is not above 0.
+
+    Example:
+        >>> bool(ZeroRouterInit().rows(4, 8, torch.Generator().manual_seed(0), None).abs().max() < 1e-3)
+        True
+    """
+
+    def __init__(self, tie_breaking: float = 1e-4) -> None:
+        check_positive(tie_breaking=tie_breaking)
+        self.tie_breaking = tie_breaking
+
+    def rows(
+        self, num_experts: int, hidden_size: int, generator: torch.Generator, inputs: Inputs | None
+    ) -> Float[Tensor, "E D"]:
+        """Draws the rows."""
+        return randn((num_experts, hidden_size), generator, torch.zeros(())) * self.tie_breaking
+
+
 class OrthogonalRouterInit(RouterInit):
     """Rows at right angles, each as long as a row of ``N(0, std^2)`` is on average.
+
+    Reference: Saxe et al., *Exact Solutions to the Nonlinear Dynamics of Learning in Deep Linear Neural Networks*,
+    2013, https://arxiv.org/abs/1312.6120, for orthogonal weights in general.
 
     Args:
         std: as of normal rows.
@@ -158,6 +193,10 @@ class CentroidRouterInit(RouterInit):
 class KMeansRouterInit(RouterInit):
     """Rows that point to clusters of the layer's own inputs, found by k-means on a calibration batch.
 
+    Reference: Chu et al., *Enhancing Mixture-of-Experts Specialization via Cluster-Aware Upcycling*, 2026,
+    https://arxiv.org/abs/2604.13508, for rows from clusters. Differs from it: centroids are taken off the mean of all,
+    and the experts are another initialiser's.
+
     Args:
         std: the rows are as long as those of ``N(0, std^2)`` are on average.
         num_iterations: iterations of k-means.
@@ -201,6 +240,7 @@ def _scaled(rows: Float[Tensor, "E D"], std: float) -> Float[Tensor, "E D"]:
 
 ROUTER_INITIALIZERS: tuple[type[RouterInit], ...] = (
     NormalRouterInit,
+    ZeroRouterInit,
     OrthogonalRouterInit,
     CentroidRouterInit,
     KMeansRouterInit,

@@ -1,0 +1,165 @@
+"""Runs a model on batches: for what initialisers look at, and for its outputs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_moe.ffn import FFNWeights
+from lightning_moe.initializers import ExpertInit, FFNStates, RouterInit
+
+Batch = Mapping[str, Any] | Tensor | Sequence[Any]
+"""Inputs of a model: keyword arguments, one tensor, or a tuple whose first entry is one, as datasets give them."""
+
+
+def calibrate(
+    model: nn.Module,
+    dense: Mapping[str, FFNWeights],
+    parts: Sequence[ExpertInit | RouterInit | None],
+    batches: Sequence[Batch] | None,
+) -> dict[str, FFNStates]:
+    """Collects what the initialisers get to see of each FFN; nothing, if none of them looks, or on the meta device.
+
+    Args:
+        model: the dense model; its modes, gradients and random numbers stay as they are.
+        dense: its FFNs, by name.
+        parts: the initialisers.
+        batches: inputs of the model. For the saliency they need labels: a mapping with ``labels``, or of a causal
+            language model, whose ``input_ids`` are its labels.
+
+    Raises:
+        ValueError: if an initialiser looks and there is nothing to look at.
+    """
+    needy = [part for part in parts if looks_at_states(part)]
+    if not needy or next(iter(dense.values())).up.is_meta:
+        return {}
+    if not batches:
+        raise ValueError(
+            f"{type(needy[0]).__name__} looks at hidden states of the model: give upcycle(..., calibration=[batch, "
+            "...]) or MoEUpcycleCallback(..., calibration=...) some batches."
+        )
+    states = _hidden_states(model, list(dense), batches)
+    saliency: dict[str, Tensor] = {}
+    if any(_needs_saliency(part) for part in needy):
+        saliency = _saliency(model, dense, batches)
+    return {name: FFNStates(states[name], saliency.get(name)) for name in dense}
+
+
+def looks_at_states(part: ExpertInit | RouterInit | None) -> bool:
+    """Whether an initialiser looks at what passes through the FFNs on calibration batches."""
+    return part is not None and (part.needs_inputs or _needs_saliency(part))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Computes a model's logits, or its last hidden states, in evaluation mode.
+
+    Raises:
+        TypeError: if the model returns something else.
+    """
+    with _evaluating(model):
+        given = batch[0] if isinstance(batch, (list, tuple)) else batch
+        out = model(**given) if isinstance(given, Mapping) else model(given)
+    for key in ("logits", "last_hidden_state"):
+        out = getattr(out, key, out)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"batch: {type(model).__name__} returned {type(out).__name__}; wanted a tensor or `.logits`.")
+    return out
+
+
+def generates(module: nn.Module) -> bool:
+    """Whether this is a causal language model of transformers."""
+    can_generate = getattr(module, "can_generate", None)
+    is_encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return callable(can_generate) and bool(can_generate()) and not is_encoder_decoder
+
+
+def _needs_saliency(part: ExpertInit | RouterInit | None) -> bool:
+    return isinstance(part, ExpertInit) and part.needs_saliency
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+@contextmanager
+def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unpadded(x: Tensor, batch: Batch) -> Tensor:
+    rows = x.detach().reshape(-1, x.shape[-1])
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows
+
+
+def _hidden_states(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
+    # what reaches each FFN, one tensor for each batch
+    collected: dict[str, list[Tensor]] = {name: [] for name in names}
+    current: list[Batch] = []
+
+    def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: collected[name].append(_unpadded(given[0], current[0]))
+
+    with _hooked([model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in names]):
+        for batch in batches:
+            current[:] = [batch]
+            outputs(model, batch)
+    return collected
+
+
+@torch.enable_grad()
+def _saliency(model: nn.Module, dense: Mapping[str, FFNWeights], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    # h * dL/dh at the input h of each down projection, which is found by its weight
+    owners = {id(weight): module for module in model.modules() for weight in module._parameters.values()}
+    downs = {name: owners[id(dict(ffn.sources)["down"])] for name, ffn in dense.items()}
+    collected: dict[str, list[Tensor]] = {name: [] for name in dense}
+    for batch in batches:
+        hidden: dict[str, Tensor] = {}
+
+        def keeper(name: str, into: dict[str, Tensor] = hidden) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+            def keep(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                # of a frozen model nothing has a gradient yet
+                into[name] = given[0] if given[0].requires_grad else given[0].detach().requires_grad_()
+                return (into[name], *given[1:])
+
+            return keep
+
+        with _hooked([down.register_forward_pre_hook(keeper(name)) for name, down in downs.items()]):
+            loss = _loss(model, batch)
+        # and not backward(), which would add to the parameters' gradients
+        gradients = torch.autograd.grad(loss, list(hidden.values()), allow_unused=True)
+        for (name, h), gradient in zip(hidden.items(), gradients, strict=True):
+            product = torch.zeros_like(h) if gradient is None else h * gradient
+            collected[name].append(_unpadded(product, batch))
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    given = dict(batch) if isinstance(batch, Mapping) else {}
+    if "labels" not in given and "input_ids" in given and any(generates(module) for module in model.modules()):
+        mask = given.get("attention_mask")
+        given["labels"] = given["input_ids"] if mask is None else given["input_ids"].masked_fill(mask == 0, -100)
+    with _evaluating(model):
+        out = model(**given) if "labels" in given else None
+    loss = getattr(out, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"calibration: {type(model).__name__} gives no loss on these batches, and importance by gradient needs "
+            'one. Give batches with "labels" to a model that returns `.loss`, or take method="activation".'
+        )
+    return loss
