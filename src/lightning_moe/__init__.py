@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
+from lightning_moe.expansion import expand
 from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights, find_ffns
 from lightning_moe.initializers import (
@@ -85,7 +86,7 @@ from lightning_moe.metrics import (
     UtilizationQuantiles,
     VocabularySpecialization,
 )
-from lightning_moe.receipt import Receipt
+from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import (
     ROUTERS,
     BASERouter,
@@ -175,6 +176,7 @@ __all__ = [
     "DropInit",
     "DropRate",
     "EffectiveExperts",
+    "Expansion",
     "ExpertBiasCallback",
     "ExpertChoiceRouter",
     "ExpertCoactivation",
@@ -257,6 +259,7 @@ __all__ = [
     "__version__",
     "combine",
     "dispatch",
+    "expand",
     "expert_load",
     "find_ffns",
     "limit_capacity",
