@@ -63,8 +63,7 @@ def router_flag(name: str) -> Callable[[type], str]:
 
 
 # what stands in an example for an argument without a default
-_DOMAINS = ("math", "code", "law", "news", "prose", "chat", "logic")
-_ARGUMENTS: dict[str, Any] = {"models": [f"my-{domain}-model" for domain in _DOMAINS]}
+_ARGUMENTS: dict[str, Any] = {"models": ["math", "code", "law", "news", "prose", "chat", "logic"]}
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def one_line(text: str | None) -> str:
 
 def literal(value: Any) -> str:
     """A value as Python writes it, with double quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
