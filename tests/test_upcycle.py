@@ -26,9 +26,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_moe import (
     INITIALIZERS,
+    CopyInit,
+    GranularInit,
+    LowRankInit,
     MoELayer,
     TopKRouter,
     UpcycleConfig,
+    ZeroOutputInit,
     expert_load,
     find_ffns,
     moe_layers,
@@ -91,6 +95,33 @@ def test_every_family_keeps_the_dense_outputs(row):
     assert (logits(moe, row.batch()) - wanted).abs().max() <= PROMISE * max(1.0, wanted.abs().max().item())
     assert receipt.preserved
     assert tuple(moe_layers(moe)) == row.names
+
+
+# each with its init, its number of shared experts and a top_k that suits it
+PRESERVING = {
+    "copy": (CopyInit(), 0, 2),
+    "copy, shared": (CopyInit(), 1, 2),
+    "granular 2": (GranularInit(2), 0, 2),
+    "granular 4": (GranularInit(4), 0, 4),
+    "granular 2, shared": (GranularInit(2), 1, 2),
+    "zero output, shared": (ZeroOutputInit(), 1, 2),
+    "low rank": (LowRankInit(3), 0, 2),
+    "low rank, shared": (LowRankInit(3), 1, 2),
+}
+
+
+@every_family
+@pytest.mark.parametrize("name", PRESERVING)
+def test_every_family_keeps_the_dense_outputs_under_every_initialiser_that_says_so(row, name):
+    init, num_shared, top_k = PRESERVING[name]
+    router = partial(TopKRouter, top_k=top_k, init_std=0.5)
+    config = UpcycleConfig(num_experts=8, router=router, init=init, num_shared_experts=num_shared)
+    dense, moe, receipt = twins(row, config, batch=row.batch())
+    wanted = logits(dense, row.batch())
+    assert wanted.abs().max() > 0.1  # nothing to compare otherwise
+    assert (logits(moe, row.batch()) - wanted).abs().max() <= PROMISE * max(1.0, wanted.abs().max().item())
+    assert receipt.preserved
+    assert receipt.measured_difference <= PROMISE * max(1.0, wanted.abs().max().item())
 
 
 @not_causal

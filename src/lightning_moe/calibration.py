@@ -55,7 +55,7 @@ def looks_at_states(part: ExpertInit | RouterInit | None) -> bool:
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """Computes a model's logits, or its last hidden states, in evaluation mode.
+    """Computes a model's logits, its last hidden states, or CLIP's logits per image, in evaluation mode.
 
     Raises:
         TypeError: if the model returns something else.
@@ -63,7 +63,7 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     with _evaluating(model):
         given = batch[0] if isinstance(batch, (list, tuple)) else batch
         out = model(**given) if isinstance(given, Mapping) else model(given)
-    for key in ("logits", "last_hidden_state"):
+    for key in ("logits", "last_hidden_state", "logits_per_image"):
         out = getattr(out, key, out)
     if not isinstance(out, Tensor):
         raise TypeError(f"batch: {type(model).__name__} returned {type(out).__name__}; wanted a tensor or `.logits`.")
