@@ -112,6 +112,41 @@ def _router_figures(row: Record) -> tuple[str, str, str]:
     )
 
 
+def step_zero(record: Record) -> list[str]:
+    """One table, a row for each initialiser."""
+    header = [
+        "",
+        "parameters",
+        "active",
+        "similarity",
+        "seconds",
+        "peak",
+        "result",
+        "prose",
+        "code",
+        "logits differ by",
+    ]
+    rows = []
+    for case in record["cases"]:
+        written = "seconds" in case
+        similarity = case.get("expert_similarity")
+        rows.append(
+            [
+                case["init"],
+                f"{case['parameters'][1] / 1e6:.0f} M" if written else "",
+                f"{case['active_parameters'][1] / 1e6:.0f} M" if written else "",
+                "" if similarity is None else f"{similarity:.3f}",
+                f"{case['seconds']:.0f}" if written else "",
+                f"{case['peak_bytes'] / 1e9:.2f} GB" if written else "",
+                f"{case['result_bytes'] / 1e9:.2f} GB" if written else "",
+                f"{case['prose_loss']:.4f}",
+                f"{case['code_loss']:.4f}",
+                f"{case['logit_difference']:.1e}",
+            ]
+        )
+    return _table(header, rows)
+
+
 def _spread(figure: dict[str, float]) -> str:
     return f"{figure['median']:.2f} [{figure['q1']:.2f}, {figure['q3']:.2f}]"
 
@@ -140,6 +175,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Record], list[str]], tuple[Path, ...]]] = 
     "experts_speed": (experts_speed, (README,)),
     "router_cost": (router_cost, (README, WHICH_ROUTER)),
     "upcycle_memory": (upcycle_memory, (README,)),
+    "step_zero": (step_zero, (README,)),
 }
 
 
