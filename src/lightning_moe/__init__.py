@@ -10,7 +10,8 @@ from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.expansion import expand
 from lightning_moe.experts import Experts, combine, dispatch
-from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights, find_ffns
+from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights
+from lightning_moe.ffn_search import find_ffns
 from lightning_moe.initializers import (
     INITIALIZERS,
     ROUTER_INITIALIZERS,

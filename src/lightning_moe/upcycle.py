@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_moe.calibration import Batch, calibrate, generates, outputs
 from lightning_moe.config import UpcycleConfig, check_config, select_layers
-from lightning_moe.ffn import FFNWeights, find_ffns, find_lookalikes
+from lightning_moe.ffn import FFNWeights
+from lightning_moe.ffn_search import find_ffns, find_lookalikes
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.planning import LayerPlan, plan_layer

@@ -24,7 +24,8 @@ from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.config import UpcycleConfig, check_config
-from lightning_moe.ffn import FFNFamily, find_ffns
+from lightning_moe.ffn import FFNFamily
+from lightning_moe.ffn_search import find_ffns
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.receipt import Receipt

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_moe.experts import Experts
-from lightning_moe.ffn import FFNFamily, FFNWeights, find_ffns
+from lightning_moe.ffn import FFNFamily, FFNWeights
+from lightning_moe.ffn_search import find_ffns
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
 from lightning_moe.routers import Router
 
