@@ -3,6 +3,8 @@
 import copy
 import re
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from torch.nn import functional as F
 from lightning_moe import (
     FFNFamily,
     MoEUpcycleCallback,
+    SigmoidRouter,
+    TopKRouter,
     UpcycleConfig,
     find_ffns,
     load_moe,
@@ -178,6 +182,68 @@ def test_the_parts_of_llava_alone(part, pattern, count):
         assert len(moe_layers(model)) == count
         assert all(part is None or name.startswith(part) for name in moe_layers(model))
         assert (logits(model, row.batch()) - wanted).abs().max() <= PROMISE
+
+
+TOWER = UpcycleConfig(num_experts=4, router=SigmoidRouter, layers="*vision_tower*", seed=1)
+TEXT = UpcycleConfig(
+    num_experts=3,
+    router=partial(TopKRouter, top_k=1, normalize="straight_through"),
+    num_shared_experts=1,
+    layers="*language_model*",
+)
+
+
+def test_the_parts_of_llava_each_with_its_own_configuration(tmp_path):
+    row = FAMILY_ROWS["llava"]
+    dense = row.build()
+    moe = copy.deepcopy(dense)
+    for config in (TOWER, TEXT):
+        assert upcycle(moe, config, batch=row.batch()).preserved
+    kinds = [(type(layer.router), layer.experts.num_experts) for layer in moe_layers(moe).values()]
+    assert kinds == [(SigmoidRouter, 4)] * 2 + [(TopKRouter, 3)] * 2
+    assert (logits(moe, row.batch()) - logits(dense, row.batch())).abs().max() <= PROMISE
+    with record_routing() as window:
+        moe(**row.batch(), attention_mask=padded(7))
+    masks = [None if routing.token_mask is None else routing.token_mask.tolist() for routing in window.values()]
+    assert masks == [None, None, *[padded(7).flatten().bool().tolist()] * 2]
+    save_moe(moe, tmp_path)
+    assert torch.equal(logits(load_moe(tmp_path), row.batch()), logits(moe, row.batch()))
+    with pytest.raises(ValueError, match=r"already: model\.vision_tower.* name the layers"):
+        upcycle(moe, CONFIG)
+
+
+def test_two_callbacks_each_for_a_part(tmp_path):
+    row = FAMILY_ROWS["llava"]
+
+    def callbacks():
+        parts = {"net.model.vision_tower": TOWER, "net.model.language_model": TEXT}
+        return [MoEUpcycleCallback(replace(config, layers="all"), module=part) for part, config in parts.items()]
+
+    class Eager(Training):
+        def __init__(self):
+            super().__init__(row.build())
+            self.made = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def configure_optimizers(self):
+            return self.made
+
+    trained, again = Eager(), Eager()
+    trainer = trainer_of(tmp_path, callbacks(), max_steps=2)
+    trainer.fit(trained, loader([row.batch()] * 2))
+    kinds = [type(layer.router) for layer in moe_layers(trained).values()]
+    assert kinds == [SigmoidRouter] * 2 + [TopKRouter] * 2
+    assert not any(name in vars(trained) for name in ("configure_optimizers", "configure_model"))
+    named = {id(p) for group in trained.made.param_groups for p in group["params"]}
+    assert named >= {id(p) for layer in moe_layers(trained).values() for p in layer.parameters()}
+    trainer.save_checkpoint(tmp_path / "moe.ckpt")
+    saved = torch.load(tmp_path / "moe.ckpt", weights_only=True)["lightning_moe"]
+    assert [len(receipt["layers"]) for receipt in saved["receipts"].values()] == [2, 2]
+    assert len(saved["layers"]) == 4
+    trainer_of(tmp_path, callbacks(), max_steps=2).fit(
+        again, loader([row.batch()] * 2), ckpt_path=tmp_path / "moe.ckpt"
+    )
+    for one, other in zip(trained.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_projector_of_two_widths_is_left():

@@ -372,8 +372,8 @@ def test_the_receipt_is_written_once_and_stands_in_the_checkpoint(tmp_path, monk
     assert text.splitlines() == [f"    {line}" for line in str(callback.receipt).splitlines()]
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["lightning_moe"]
-    assert saved["receipt"] == callback.receipt.to_dict()
-    assert json.loads(json.dumps(saved["receipt"]))["num_experts"] == 4
+    assert saved["receipts"] == {"": callback.receipt.to_dict()}
+    assert json.loads(json.dumps(saved["receipts"]))[""]["num_experts"] == 4
 
 
 @pytest.mark.parametrize("present", [True, False])

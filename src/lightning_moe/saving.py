@@ -77,25 +77,28 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
             {part: value for part, value in layer.items() if not part.endswith("expert_size")}, sort_keys=True
         )
         built.setdefault(key, (layer, []))[1].append(name)
-    if len(built) != 1:
-        raise ValueError("moe_config: the layers differ in their routers; one configuration serves all layers.")
-    layer, names = next(iter(built.values()))
+    configs = [_config_of(layer, names, recipe["layers"], family) for layer, names in built.values()]
+    for config in configs:
+        upcycle(model, config)
+
+
+def _config_of(
+    layer: dict[str, Any], names: list[str], layers: dict[str, dict[str, Any]], family: FFNFamily | None
+) -> UpcycleConfig:
+    # one configuration serves all layers that differ in their widths only
     router_class, arguments = _router_class(layer["router"]["class_path"]), layer["router"]["init_args"]
 
     def router(hidden_size: int, num_experts: int) -> Router:
         return router_class(hidden_size, num_experts, **arguments)
 
-    upcycle(
-        model,
-        UpcycleConfig(
-            num_experts=layer["num_experts"],
-            router=router,
-            init=_AsSaved(recipe["layers"]),
-            num_shared_experts=layer.get("num_shared_experts", 0),
-            capacity_factor=layer.get("capacity_factor"),
-            layers=names,
-            family=family,
-        ),
+    return UpcycleConfig(
+        num_experts=layer["num_experts"],
+        router=router,
+        init=_AsSaved(layers),
+        num_shared_experts=layer.get("num_shared_experts", 0),
+        capacity_factor=layer.get("capacity_factor"),
+        layers=names,
+        family=family,
     )
 
 

@@ -35,7 +35,8 @@ def upcycle(
     layer after layer is built and takes the place of its FFN, whose memory is free for the next, unless someone else
     holds it: the peak is the result and one dense FFN. An initialiser that does not work from shapes alone
     (``SplitInit(method="kmeans")`` looks at numbers) could refuse half-way, so there all layers are built before the
-    first is put in. A model on the meta device becomes one on the meta device.
+    first is put in. Parts of a model may be upcycled one after the other, each with a configuration of its own whose
+    ``layers`` are named. A model on the meta device becomes one on the meta device.
 
     Args:
         model: any module with FFNs of a known family, or of ``config.family``.
@@ -51,8 +52,9 @@ def upcycle(
 
     Raises:
         TypeError: if ``config`` is no `UpcycleConfig`, or if no FFN of a known family is found.
-        ValueError: if the model is upcycled already, if ``config.layers`` matches nothing, if the router refuses its
-            arguments, if an initialiser does not fit the FFNs or the router, or if it needs ``calibration``.
+        ValueError: if all layers are to be upcycled and some are already, if ``config.layers`` matches nothing, if the
+            router refuses its arguments, if an initialiser does not fit the FFNs or the router, or if it needs
+            ``calibration``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
@@ -101,8 +103,12 @@ def upcycle(
 
 def _check(model: nn.Module, config: Any) -> None:
     check_config(config)
-    if done := moe_layers(model):
-        raise ValueError(f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer.")
+    done = moe_layers(model)
+    if done and config.layers == "all":
+        raise ValueError(
+            f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer. For a part of it that is "
+            'still dense, name the layers, as layers="*vision_tower*".'
+        )
 
 
 def _build(

@@ -39,7 +39,8 @@ class MoEUpcycleCallback(Callback):
     """Upcycles a LightningModule's model before the strategy wraps it, and trains, balances and watches the experts.
 
     Adding this one callback to an existing Trainer is enough. The model may be built in ``__init__`` or in
-    ``configure_model``; the callback serves ``fit`` (also from a checkpoint), ``validate``, ``test`` and ``predict``. A
+    ``configure_model``; several callbacks, each with another ``module``, give each part of a model a configuration of
+    its own. The callback serves ``fit`` (also from a checkpoint), ``validate``, ``test`` and ``predict``. A
     module that is upcycled already is left alone. It brings a `BalanceLossCallback`, an `ExpertBiasCallback` and an
     `ExpertUtilizationCallback` with it, unless the Trainer has its own.
 
@@ -91,6 +92,11 @@ class MoEUpcycleCallback(Callback):
         self._random_state: dict[str, Any] | None = None
         self._unchecked: dict[str, MoELayer] = {}
 
+    @property
+    def state_key(self) -> str:
+        """Of several callbacks, each for another ``module``, each saves a state of its own."""
+        return super().state_key if self.module is None else self._generate_state_key(module=self.module)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
         _check_launcher(trainer, pl_module)
@@ -109,7 +115,7 @@ class MoEUpcycleCallback(Callback):
             # before the loader of a new epoch draws its order
             set_random_state(self._random_state)
         if self.receipt is not None and not self._receipt_written:
-            _write_receipt(trainer, self.receipt)
+            _write_receipt(trainer, self.receipt, self.module)
             self._receipt_written = True
         self._unchecked = moe_layers(pl_module)
         for layer in self._unchecked.values():
@@ -142,14 +148,15 @@ class MoEUpcycleCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the recipe of the MoE layers, and the receipt, into the checkpoint, as plain Python."""
-        checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family)
+        # another callback may have written the receipt of another part
+        written = checkpoint.get(CHECKPOINT_KEY, {})
         receipt = self._saved_receipt if self.receipt is None else self.receipt.to_dict()
-        if receipt is not None:
-            checkpoint[CHECKPOINT_KEY]["receipt"] = receipt
+        receipts = written.get("receipts", {}) | ({} if receipt is None else {self.module or "": receipt})
+        checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family) | {"receipts": receipts}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the receipt of a model that was upcycled in an earlier run."""
-        self._saved_receipt = checkpoint.get(CHECKPOINT_KEY, {}).get("receipt")
+        self._saved_receipt = checkpoint.get(CHECKPOINT_KEY, {}).get("receipts", {}).get(self.module or "")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generators, which Lightning does not save.
@@ -213,9 +220,6 @@ class MoEUpcycleCallback(Callback):
         return False
 
     def _upcycle(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if layers := moe_layers(pl_module):
-            rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
-            return
         target: nn.Module = pl_module
         if self.module is not None:
             try:
@@ -225,6 +229,9 @@ class MoEUpcycleCallback(Callback):
                 raise MisconfigurationException(
                     f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
                 ) from error
+        if layers := moe_layers(target):
+            rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
+            return
         self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
         self.receipt = upcycle(target, self.config, calibration=self._calibration(trainer, target))
         self._receipt_written = False
@@ -277,14 +284,16 @@ def _sources(
     }
 
 
-def _write_receipt(trainer: Trainer, receipt: Receipt) -> None:
+def _write_receipt(trainer: Trainer, receipt: Receipt, module: str | None) -> None:
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         # duck typing: SummaryWriter, whichever logger wraps it; it shows Markdown, where four spaces keep the columns
         writer: Any = getattr(logger, "experiment", None)
         if hasattr(writer, "add_text"):
-            writer.add_text("moe/receipt", textwrap.indent(str(receipt), "    "), 0)
+            writer.add_text(
+                "moe/receipt" if module is None else f"moe/receipt/{module}", textwrap.indent(str(receipt), "    "), 0
+            )
 
 
 def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:
@@ -311,8 +320,8 @@ def _optimizers(made: Any) -> list[Optimizer]:
 
 
 def _run_after(pl_module: LightningModule, name: str, then: Callable[[Any], None]) -> None:
-    # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true.
-    _restore(pl_module, name)
+    # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true. A callback for
+    # another part of the module may have done the same before.
     original = getattr(pl_module, name)
 
     def hook() -> Any:
@@ -325,12 +334,10 @@ def _run_after(pl_module: LightningModule, name: str, then: Callable[[Any], None
 
 
 def _restore(pl_module: LightningModule, name: str) -> None:
-    hook = pl_module.__dict__.get(name)
-    if hook is None or not hasattr(hook, "_lightning_moe_original"):
-        return
-    del pl_module.__dict__[name]
-    if hook._lightning_moe_original is not None:
-        pl_module.__dict__[name] = hook._lightning_moe_original
+    while hasattr(hook := pl_module.__dict__.get(name), "_lightning_moe_original"):
+        del pl_module.__dict__[name]
+        if hook._lightning_moe_original is not None:  # type: ignore[union-attr]
+            pl_module.__dict__[name] = hook._lightning_moe_original  # type: ignore[union-attr]
 
 
 def _has(trainer: Trainer, kind: type[Callback]) -> bool:
