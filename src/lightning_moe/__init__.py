@@ -116,6 +116,7 @@ from lightning_moe.routers import (
 )
 from lightning_moe.routing import MoEWarning, Routing, expert_load, limit_capacity, record_routing
 from lightning_moe.saving import load_moe, save_moe
+from lightning_moe.schedules import CosineSchedule, LinearSchedule, Schedule, StepSchedule
 from lightning_moe.tokens import Tokens
 from lightning_moe.upcycle import upcycle
 
@@ -124,7 +125,9 @@ if TYPE_CHECKING:
         BalanceLossCallback,
         ExpertBiasCallback,
         ExpertUtilizationCallback,
+        Freeze,
         MoEUpcycleCallback,
+        RouterScheduleCallback,
     )
     from lightning_moe.data import TextDataModule
     from lightning_moe.module import MoEModule
@@ -133,6 +136,8 @@ _NEEDS_LIGHTNING = {
     "BalanceLossCallback": "lightning_moe.callbacks",
     "ExpertBiasCallback": "lightning_moe.callbacks",
     "ExpertUtilizationCallback": "lightning_moe.callbacks",
+    "Freeze": "lightning_moe.callbacks",
+    "RouterScheduleCallback": "lightning_moe.callbacks",
     "MoEUpcycleCallback": "lightning_moe.callbacks",
     "MoEModule": "lightning_moe.module",
     "TextDataModule": "lightning_moe.data",
@@ -168,6 +173,7 @@ __all__ = [
     "CoefficientOfVariation",
     "CopyInit",
     "CosineRouter",
+    "CosineSchedule",
     "CounterfactualRoutingGain",
     "DeadExperts",
     "DenseMixerRouter",
@@ -191,6 +197,7 @@ __all__ = [
     "FFNFamily",
     "FFNStates",
     "FFNWeights",
+    "Freeze",
     "GShardRouter",
     "GiniCoefficient",
     "GranularInit",
@@ -199,6 +206,7 @@ __all__ = [
     "HyperRouter",
     "ImportanceLoss",
     "KMeansRouterInit",
+    "LinearSchedule",
     "LoadBalancingLoss",
     "LoadEntropy",
     "LoadImbalance",
@@ -233,15 +241,18 @@ __all__ = [
     "RouterOrthogonalityLoss",
     "RouterRowCosine",
     "RouterSaturation",
+    "RouterScheduleCallback",
     "Routing",
     "RoutingChangeRate",
     "RoutingConfidence",
     "RoutingEntropy",
+    "Schedule",
     "SigmoidRouter",
     "SinkhornRouter",
     "SparseMixerRouter",
     "SplitInit",
     "SquaredCoefficientOfVariation",
+    "StepSchedule",
     "TCMoERouter",
     "TextDataModule",
     "TokenChoiceRouter",

@@ -3,6 +3,14 @@
 from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
+from lightning_moe.callbacks.schedule import Freeze, RouterScheduleCallback
 from lightning_moe.callbacks.upcycle import MoEUpcycleCallback
 
-__all__ = ["BalanceLossCallback", "ExpertBiasCallback", "ExpertUtilizationCallback", "MoEUpcycleCallback"]
+__all__ = [
+    "BalanceLossCallback",
+    "ExpertBiasCallback",
+    "ExpertUtilizationCallback",
+    "Freeze",
+    "MoEUpcycleCallback",
+    "RouterScheduleCallback",
+]

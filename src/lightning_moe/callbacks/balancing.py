@@ -1,17 +1,19 @@
 """Trains with balance losses, in any Trainer."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moe.callbacks.base import require_moe_layers, set_loss_scale
 from lightning_moe.layer import MoELayer
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss
+from lightning_moe.schedules import AnySchedule
 
 
 class BalanceLossCallback(Callback):
@@ -24,6 +26,9 @@ class BalanceLossCallback(Callback):
     Args:
         losses: which losses, with their coefficients; each applies to each layer, with a state of its own there if it
             has any. None takes those of each layer's router, see `Router.balance_losses`.
+        schedules: name of a loss, as ``"load_balancing_loss"``, to what its coefficient is multiplied by: any function
+            of the number of optimizer steps done.
+        layer_weights: what the coefficients are multiplied by in each MoE layer, in the order of the model.
         manual_accumulation: in manual optimisation, the number by which the module divides its loss before
             ``manual_backward``; it cannot be seen from outside.
 
@@ -34,14 +39,22 @@ class BalanceLossCallback(Callback):
     """
 
     def __init__(
-        self, losses: Sequence[BalanceLoss] | BalanceLoss | None = None, *, manual_accumulation: int = 1
+        self,
+        losses: Sequence[BalanceLoss] | BalanceLoss | None = None,
+        *,
+        schedules: Mapping[str, AnySchedule] | None = None,
+        layer_weights: Sequence[int | float] | None = None,
+        manual_accumulation: int = 1,
     ) -> None:
         if manual_accumulation < 1:
             raise ValueError(f"manual_accumulation={manual_accumulation}: wanted the divisor of the loss, 1 or more.")
         self.losses: tuple[BalanceLoss, ...] | None = None
         if losses is not None:
             self.losses = (losses,) if isinstance(losses, BalanceLoss) else tuple(losses)
+        self.schedules = schedules
+        self.layer_weights = layer_weights
         self.manual_accumulation = manual_accumulation
+        self._coefficients: dict[int, float] = {}
         self._layers: dict[str, MoELayer] = {}
         self._attached: dict[str, list[BalanceLoss]] = {}
         self._restored: dict[str, dict[str, Tensor]] | None = None
@@ -66,6 +79,36 @@ class BalanceLossCallback(Callback):
                     loss.window = window
                 layer.balance_losses[loss.name] = loss
             self._attached[name] = attached
+        self._weigh()
+
+    def _weigh(self) -> None:
+        # what each loss counts where nothing is scheduled
+        weights = [1.0] * len(self._layers) if self.layer_weights is None else list(self.layer_weights)
+        if len(weights) != len(self._layers):
+            raise MisconfigurationException(
+                f"layer_weights: {len(weights)} numbers for {len(self._layers)} MoE layers; wanted one for each."
+            )
+        names = {loss.name for _, loss in self._by_key()}
+        if unknown := sorted(set(self.schedules or {}) - names):
+            raise MisconfigurationException(
+                f"schedules: no loss {unknown[0]!r} here; there are {', '.join(sorted(names))}."
+            )
+        self._coefficients = {}
+        for weight, losses in zip(weights, self._attached.values(), strict=True):
+            for loss in losses:
+                if loss.shared and self.layer_weights is not None:
+                    raise MisconfigurationException(
+                        f"layer_weights: {type(loss).__name__} is one loss for all layers. Give it to a "
+                        "BalanceLossCallback of its own, or leave layer_weights out."
+                    )
+                self._coefficients[id(loss)] = loss.coefficient * weight
+                loss.coefficient *= weight
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the coefficients for this step."""
+        for _, loss in self._by_key() if self.schedules else ():
+            if schedule := self.schedules.get(loss.name):  # type: ignore[union-attr]
+                loss.coefficient = self._coefficients[id(loss)] * schedule(trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the losses the state that a checkpoint holds."""
