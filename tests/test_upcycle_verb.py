@@ -126,6 +126,24 @@ def test_calibration_files_are_the_domains_and_measure_step_zero(dense_path, tmp
         assert not torch.equal(gate, moe_layers(model)[name].router.gate)
 
 
+@pytest.mark.parametrize("method", ["activation", "gradient"])
+def test_calibration_files_tell_which_neurons_matter(dense_path, tmp_path, text_files, method):
+    options = ["--config.num_experts", 2, "--config.num_shared_experts", 1, "--config.init", "SplitInit"]
+    options += ["--config.init.method", method, "--calibration_files", *text_files]
+    run("--model", dense_path, "--output", tmp_path / "moe", *options)
+    layers = moe_layers(load_moe(tmp_path / "moe")).values()
+    assert [(layer.experts.expert_size, layer.shared_experts.expert_size) for layer in layers] == [(4, 4)] * 2
+
+
+def test_branches_by_path(dense_path, tmp_path):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "branch")
+    options = ["--config.num_experts", 2, "--config.init", "BranchTrainMixInit"]
+    run("--model", dense_path, "--output", tmp_path / "moe", *options, "--config.init.models", f"[{tmp_path}/branch]")
+    experts = load_moe(tmp_path / "moe").model.layers[0].mlp.experts
+    assert torch.equal(experts.down_proj[0], tiny_llama().model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(experts.down_proj[1], tiny_llama(seed=1).model.layers[0].mlp.down_proj.weight)
+
+
 # --- a dry run ---
 
 

@@ -150,7 +150,8 @@ def _saliency(model: nn.Module, dense: Mapping[str, FFNWeights], batches: Sequen
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    given = dict(batch) if isinstance(batch, Mapping) else {}
+    # the loss wants the logits of all tokens, where hidden states did not
+    given = {key: v for key, v in batch.items() if key != "logits_to_keep"} if isinstance(batch, Mapping) else {}
     if "labels" not in given and "input_ids" in given and any(generates(module) for module in model.modules()):
         mask = given.get("attention_mask")
         given["labels"] = given["input_ids"] if mask is None else given["input_ids"].masked_fill(mask == 0, -100)
