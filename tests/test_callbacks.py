@@ -261,6 +261,54 @@ def test_training_batches_calibrate_and_the_training_data_stay_as_they_are(tmp_p
         assert torch.equal(ours, wanted)
 
 
+CALIBRATED_RANKS = """
+import sys
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_fixtures import ForeignModule, batches, small_config, trainer_of
+
+from lightning_moe import MoEUpcycleCallback, SplitInit, moe_layers
+
+folder = sys.argv[1]
+made = batches(8)
+
+
+class Ranks:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return made[2 * index + trainer.global_rank]
+
+
+class Save(Callback):
+    # before DDP gives every rank the weights of rank 0
+    def setup(self, trainer, pl_module, stage):
+        experts = [layer.experts.down_proj for layer in moe_layers(pl_module).values()]
+        torch.save(torch.stack([weight.detach() for weight in experts]), f"{folder}/{trainer.global_rank}.pt")
+
+
+config = small_config(num_experts=4, init=SplitInit("activation"))
+callback = MoEUpcycleCallback(config, module="net.inner", calibration=2)
+strategy = DDPStrategy(process_group_backend="gloo")
+options = {"devices": 2, "use_distributed_sampler": False, "limit_train_batches": 1}
+trainer = trainer_of(folder, [callback, Save()], strategy=strategy, **options)
+trainer.fit(ForeignModule(), torch.utils.data.DataLoader(Ranks(), batch_size=None))
+"""
+
+
+def test_ranks_with_other_data_calibrate_alike(tmp_path):
+    run_script(CALIBRATED_RANKS, tmp_path, tmp_path, timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    module, data = ForeignModule(), batches(8)
+    config = small_config(num_experts=4, init=SplitInit("activation"))
+    upcycle(module.net.inner, config, calibration=[data[0], data[2]])
+    assert torch.equal(first, torch.stack([layer.experts.down_proj for layer in moe_layers(module).values()]))
+
+
 def test_calibration_that_cannot_be_is_refused_in_words(tmp_path):
     config = small_config(num_experts=4, init=SplitInit("activation"))
     module = ForeignModule()

@@ -61,7 +61,7 @@ def set_loss_scale(
 
 
 def training_batches(trainer: Any, number: int) -> list[Any]:
-    """Takes the first batches of the training data, before the Trainer does; the order that it draws stays the same.
+    """Takes the first batches of the training data, rank 0's; the order that the Trainer draws stays the same.
 
     Raises:
         MisconfigurationException: if this is no ``fit``, or its data is no single loader of batches.
@@ -79,7 +79,9 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
             raise MisconfigurationException(
                 f"calibration={number}: the training data is a {type(loader).__name__} of loaders. Give the batches."
             )
-        return list(islice(loader, number))
+        # every rank may have data of its own, and all must make the same model
+        batches: list[Any] = trainer.strategy.broadcast(list(islice(loader, number)))
+        return batches
     finally:
         set_random_state(state)
 
