@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning
 import torch
 from catalogue import INIT_ROWS
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -315,7 +315,7 @@ def test_calibration_that_cannot_be_is_refused_in_words(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"ForeignModule has no forward .* module='net\.inner'"):
         trainer_of(tmp_path, [MoEUpcycleCallback(config, calibration=2)]).fit(module, loader(batches(2)))
     callback = MoEUpcycleCallback(config, module="net.inner", calibration=2)
-    with pytest.raises(MisconfigurationException, match="of the training data, which only fit"):
+    with pytest.raises(MisconfigurationException, match=r"which there are only in fit\(\.\.\.\), or with a datamodule"):
         trainer_of(tmp_path, [callback]).validate(module, loader(batches(2)))
     with pytest.raises(MisconfigurationException, match="is a list of loaders"):
         trainer_of(tmp_path, [callback]).fit(module, [loader(batches(2)), loader(batches(2))])
@@ -324,6 +324,24 @@ def test_calibration_that_cannot_be_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="calibration=0"):
         MoEUpcycleCallback(config, calibration=0)
     assert is_dense(module)
+
+
+def test_a_datamodule_has_training_batches_in_every_stage(tmp_path):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader(batches(3))
+
+        def val_dataloader(self):
+            return loader(batches(1, seed=4))
+
+    config = small_config(num_experts=4, init=SplitInit("activation"))
+    experts = []
+    for stage in ("fit", "validate"):
+        module = ForeignModule(lr=0.0)
+        trainer = trainer_of(tmp_path, [MoEUpcycleCallback(config, module="net.inner", calibration=2)])
+        getattr(trainer, stage)(module, datamodule=Data())
+        experts.append(moe_layers(module)[FFNS[0]].experts.down_proj)
+    assert torch.equal(*experts)
 
 
 # Checkpoints

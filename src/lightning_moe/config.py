@@ -61,6 +61,13 @@ class UpcycleConfig:
             )
         if self.family is not None and not isinstance(self.family, FFNFamily):
             raise TypeError(f'family={self.family!r}: wanted FFNFamily(up="w_in", activation="act", down="w_out").')
+        for name, kind, example in (
+            ("init", ExpertInit, "DropInit(0.5)"),
+            ("router_init", RouterInit, "ZeroRouterInit()"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r}: wanted an initialiser, not its class or name, as {name}={example}.")
         if isinstance(self.router, Router) or not callable(self.router):
             raise TypeError(
                 f"router={self.router!r}: wanted what makes a router for each layer, as TopKRouter or "

@@ -64,17 +64,21 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
     """Takes the first batches of the training data, rank 0's; the order that the Trainer draws stays the same.
 
     Raises:
-        MisconfigurationException: if this is no ``fit``, or its data is no single loader of batches.
+        MisconfigurationException: if this is no ``fit`` and there is no datamodule, or if the training data is not one
+            loader.
     """
-    source = trainer.fit_loop._data_source
-    if not trainer.state.fn == "fit" or not source.is_defined():
+    fitting = trainer.state.fn == "fit"
+    source = trainer.fit_loop._data_source if fitting else trainer.datamodule
+    if source is None or (fitting and not source.is_defined()):
         raise MisconfigurationException(
-            f"calibration={number} takes batches of the training data, which only fit(...) has. Give the batches "
-            "themselves, or call upcycle(model, config, calibration=[batch, ...]) before."
+            f"calibration={number} takes batches of the training data, which there are only in fit(...), or with a "
+            "datamodule. Give the batches themselves, or call upcycle(model, config, calibration=[batch, ...]) before."
         )
     state = random_state()
     try:
-        loader = source.dataloader()
+        if not fitting:
+            source.setup("fit")
+        loader = source.dataloader() if fitting else source.train_dataloader()
         if isinstance(loader, (Mapping, list, tuple)):
             raise MisconfigurationException(
                 f"calibration={number}: the training data is a {type(loader).__name__} of loaders. Give the batches."
