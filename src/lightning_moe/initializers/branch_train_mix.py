@@ -128,12 +128,14 @@ def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
         )
     cls = type(own)
     try:
+        with torch.device("meta"):
+            empty: nn.Module = cls(cls.config_class.from_pretrained(branch))
+        # before any weight is loaded: what another architecture's directory lacks would be made anew, at default sizes
+        _check_branch(f"models: {branch!r}", own, empty)
         if own.device.type == "meta":
-            with torch.device("meta"):
-                empty: nn.Module = cls(cls.config_class.from_pretrained(branch))
             return empty
         loaded, told = cls.from_pretrained(branch, dtype=own.dtype, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"models: {branch!r} cannot be loaded as {cls.__name__}: {error}") from error
     if missing := sorted(told["missing_keys"]):
         raise ValueError(
