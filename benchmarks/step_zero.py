@@ -28,7 +28,7 @@ from lightning_moe import load_moe
 
 CACHE = Path(__file__).parent.parent / "examples" / ".cache"
 BLOCK_SIZE = 512
-# with 8 experts and top-2, but where the options say otherwise
+# of initialisers and their number of shared experts; all with 8 experts and top-2
 OPTIONS: dict[str, dict[str, Any]] = {
     "CopyInit": {},
     "NoiseInit": {},
@@ -81,7 +81,7 @@ def measure(name: str, scratch: Path, files: list[Path], blocks: int) -> dict[st
     target, options = scratch / "moe", dict(OPTIONS[name])
     command = [sys.executable, "-c", "from lightning_moe.cli import main; main()", "upcycle"]
     command += ["--model", str(CACHE / "smollm2"), "--output", str(target), "--config.seed", "0"]
-    command += ["--calibration_files", *map(str, files), f"--config.num_experts={options.pop('num_experts', 8)}"]
+    command += ["--calibration_files", *map(str, files), "--config.num_experts=8"]
     command += [f"--config.num_shared_experts={options.pop('num_shared_experts', 0)}"]
     command += [f"--config.init={name.partition(',')[0]}", *(f"--config.init.{key}={v}" for key, v in options.items())]
     start = time.monotonic()

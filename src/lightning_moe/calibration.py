@@ -33,7 +33,7 @@ def calibrate(
     Raises:
         ValueError: if an initialiser looks and there is nothing to look at.
     """
-    needy = [part for part in parts if looks_at_states(part)]
+    needy = [part for part in parts if part is not None and looks_at_states(part)]
     if not needy or next(iter(dense.values())).up.is_meta:
         return {}
     if not batches:
@@ -41,11 +41,9 @@ def calibrate(
             f"{type(needy[0]).__name__} looks at hidden states of the model: give upcycle(..., calibration=[batch, "
             "...]) or MoEUpcycleCallback(..., calibration=...) some batches."
         )
-    states = _hidden_states(model, list(dense), batches)
-    saliency: dict[str, Tensor] = {}
-    if any(_needs_saliency(part) for part in needy):
-        saliency = _saliency(model, dense, batches)
-    return {name: FFNStates(states[name], saliency.get(name)) for name in dense}
+    states = _hidden_states(model, list(dense), batches) if any(part.needs_inputs for part in needy) else {}
+    saliency = _saliency(model, dense, batches) if any(_needs_saliency(part) for part in needy) else {}
+    return {name: FFNStates(states.get(name, ()), saliency.get(name)) for name in dense}
 
 
 def looks_at_states(part: ExpertInit | RouterInit | None) -> bool:
@@ -60,7 +58,7 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         TypeError: if the model returns something else.
     """
-    with _evaluating(model):
+    with evaluating(model):
         given = batch[0] if isinstance(batch, (list, tuple)) else batch
         out = model(**given) if isinstance(given, Mapping) else model(given)
     for key in ("logits", "last_hidden_state", "logits_per_image"):
@@ -81,8 +79,21 @@ def _needs_saliency(part: ExpertInit | RouterInit | None) -> bool:
     return isinstance(part, ExpertInit) and part.needs_saliency
 
 
+def difference(before: Tensor, after: Tensor) -> float:
+    """The largest absolute difference of two outputs, in float32."""
+    return float((before.float() - after.float()).abs().max())
+
+
+def as_labels(batch: Mapping[str, Any]) -> Tensor:
+    """The ``input_ids`` as labels, padding left out: -100, as transformers' losses take it."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    labels: Tensor = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    return labels
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and each of its modules back into its own mode."""
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -153,9 +164,8 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     # the loss wants the logits of all tokens, where hidden states did not
     given = {key: v for key, v in batch.items() if key != "logits_to_keep"} if isinstance(batch, Mapping) else {}
     if "labels" not in given and "input_ids" in given and any(generates(module) for module in model.modules()):
-        mask = given.get("attention_mask")
-        given["labels"] = given["input_ids"] if mask is None else given["input_ids"].masked_fill(mask == 0, -100)
-    with _evaluating(model):
+        given["labels"] = as_labels(given)
+    with evaluating(model):
         out = model(**given) if "labels" in given else None
     loss = getattr(out, "loss", None)
     if not isinstance(loss, Tensor):

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_moe.calibration import Batch, outputs
+from lightning_moe.calibration import Batch, as_labels, difference, evaluating, outputs
 from lightning_moe.experts import Experts
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.planning import layer_seed
-from lightning_moe.receipt import Expansion
+from lightning_moe.receipt import Expansion, num_parameters
 from lightning_moe.routers import Router
 from lightning_moe.routers.base import check_choice, check_not_negative, init_arguments
 
@@ -85,7 +85,7 @@ def expand(
         copies = {name: _apportion(utilities[name].tolist(), num_experts) for name in layers}
     sources = {name: torch.arange(before).repeat_interleave(torch.tensor(copies[name])) for name in layers}
     seed = torch.initial_seed() if seed is None else seed
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = num_parameters(model)
     out = torch.empty(0) if batch is None else outputs(model, batch)
     results = [_fill(plan, sources[name], row_noise, layer_seed(seed, name)) for name, plan in plans.items()]
     for name, layer in layers.items():
@@ -96,10 +96,10 @@ def expand(
         layers=tuple(layers),
         num_experts=(before, num_experts),
         copies=copies,
-        parameters=(parameters, sum(p.numel() for p in model.parameters())),
+        parameters=(parameters, num_parameters(model)),
         preserved=preserved,
         reason=reason,
-        measured_difference=None if batch is None else float((outputs(model, batch) - out).abs().max()),
+        measured_difference=None if batch is None else difference(out, outputs(model, batch)),
         seed=seed,
     )
 
@@ -252,7 +252,7 @@ def _utilities(model: nn.Module, layers: Mapping[str, MoELayer], batches: Sequen
         for key, parameter in layer.experts.named_parameters(recurse=False)
         if parameter.shape[0] == layer.experts.num_experts
     }
-    with _evaluating(model, layers), torch.enable_grad():
+    with _unbalanced(model, layers), torch.enable_grad():
         for number, batch in enumerate(labelled):
             loss = getattr(torch.func.functional_call(model, leaves, (), batch), "loss", None)
             if not isinstance(loss, Tensor) or not loss.requires_grad or not loss.isfinite():
@@ -268,19 +268,15 @@ def _with_labels(number: int, batch: Batch) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or not {"labels", "input_ids"} & set(batch):
         given = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"calibration[{number}]: got {given}, wanted a mapping with labels, or with input_ids.")
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    # -100 is what transformers' losses leave out
-    return {"labels": ids if ids is None or mask is None else ids.masked_fill(mask == 0, -100), **batch}
+    return dict(batch) if "labels" in batch else {"labels": as_labels(batch), **batch}
 
 
 @contextmanager
-def _evaluating(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[None]:
-    # without balance losses; what changes is put back
-    modes = [(module, module.training) for module in model.modules()]
+def _unbalanced(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[None]:
+    # in evaluation mode, without balance losses; what changes is put back
     states = [(layer, layer.balance_losses, dict(vars(layer.context))) for layer in layers.values()]
-    with torch.random.fork_rng(devices={p.device.index for p in model.parameters() if p.is_cuda}):
+    with torch.random.fork_rng(devices={p.device.index for p in model.parameters() if p.is_cuda}), evaluating(model):
         try:
-            model.eval()
             for layer in layers.values():
                 layer.balance_losses = nn.ModuleDict()
             yield
@@ -288,5 +284,3 @@ def _evaluating(model: nn.Module, layers: Mapping[str, MoELayer]) -> Iterator[No
             for layer, losses, context in states:
                 layer.balance_losses = losses
                 vars(layer.context).update(context)
-            for module, mode in modes:
-                module.training = mode

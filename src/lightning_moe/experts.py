@@ -265,9 +265,13 @@ class Experts(nn.Module):
         """How many parameters one expert has."""
         return sum(p.numel() for p in self.parameters()) / self.num_experts
 
+    def written_out(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The first and the down projection and the biases of both, each tensor with one entry per expert."""
+        return self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias
+
     def weights(self) -> list[Float[Tensor, "E ..."]]:
-        """The weights and biases of all experts, each tensor with one entry per expert."""
-        return list(self.parameters(recurse=False))
+        """What of `written_out` these experts have."""
+        return [weight for weight in self.written_out() if weight is not None]
 
     def parameters_for(self, part: str) -> list[nn.Parameter]:
         """The parameters that took the place of one of the dense FFN's.
@@ -332,20 +336,20 @@ class Experts(nn.Module):
 
     def loop(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """The reference for `forward`: one expert after the other, in plain autograd, without dropout."""
+        first, down, *biases = self.written_out()
         out = x.new_zeros(x.shape)
         for expert in range(self.num_experts):
             chosen = routing.expert_ids == expert
             if routing.dropped is not None:
                 chosen = chosen & ~routing.dropped
             rows = x[routing.token_ids[chosen]]
-            first_bias = None if self.first_proj_bias is None else self.first_proj_bias[expert]
-            down_bias = None if self.down_proj_bias is None else self.down_proj_bias[expert]
-            hidden = F.linear(rows, self.first_proj[expert], first_bias)
+            first_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
+            hidden = F.linear(rows, first[expert], first_bias)
             if self.gated:
                 gate, up = hidden.chunk(2, dim=-1)
                 hidden = self.activation(gate) * up
             else:
                 hidden = self.activation(hidden)
-            y = F.linear(hidden, self.down_proj[expert], down_bias) * routing.weights[chosen].unsqueeze(-1)
+            y = F.linear(hidden, down[expert], down_bias) * routing.weights[chosen].unsqueeze(-1)
             out = out.index_add(0, routing.token_ids[chosen], y.to(out.dtype))
         return out

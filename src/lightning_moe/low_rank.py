@@ -2,7 +2,7 @@
 
 What the experts share is linear on both sides of the activation. `LowRankExperts.forward` therefore computes the first
 projection once per token, and the down projection once per token too, of the weighted sum of the hidden activations.
-Beside it stands `LowRankExperts.loop`, which writes every expert's weights out.
+`Experts.loop`, the reference, takes every expert's weights written out.
 """
 
 from collections.abc import Callable
@@ -80,10 +80,7 @@ class LowRankExperts(Experts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank={rank}, wanted a whole number >= 1; 8 is a common choice.")
-        if alpha is not None and alpha <= 0:
-            raise ValueError(f"alpha={alpha}, wanted a number > 0, or None for alpha = rank.")
+        check_rank(rank, alpha)
         # the one expert of the base class is what all share
         super().__init__(
             1,
@@ -198,17 +195,15 @@ class LowRankExperts(Experts):
         weights = torch.ones_like(table).view(-1)
         return Routing(tokens, experts.repeat(num_tokens), weights, table, table, top_k=self.num_experts)
 
-    def weights(self) -> list[Float[Tensor, "E ..."]]:
-        """Writes every expert's weights out, which takes E times the memory of the dense FFN.
-
-        Returns:
-            Those of first projection, down projection, and the biases of the two where there are any, one entry per
-            expert and part of the graph.
-        """
+    def written_out(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Every expert's weights, part of the graph, which takes E times the memory of the dense FFN."""
         first = self.first_proj + self.scale * _products(self.first_a, self.first_b, self.rank)
         down = self.down_proj + self.scale * _products(self.down_a, self.down_b, self.rank)
-        biases = [bias for bias in (self.first_proj_bias, self.down_proj_bias) if bias is not None]
-        return [first, down, *(bias.expand(self.num_experts, -1) for bias in biases)]
+        first_bias, down_bias = (
+            None if bias is None else bias.expand(self.num_experts, -1)
+            for bias in (self.first_proj_bias, self.down_proj_bias)
+        )
+        return first, down, first_bias, down_bias
 
     def merged(self) -> Experts:
         """Makes ordinary experts of these weights, all of them trainable; E times the memory of the dense FFN."""
@@ -224,30 +219,18 @@ class LowRankExperts(Experts):
             device=self.down_proj.device,
             dtype=self.down_proj.dtype,
         ).train(self.training)
-        own = [experts.first_proj, experts.down_proj, experts.first_proj_bias, experts.down_proj_bias]
         with torch.no_grad():
-            for parameter, weight in zip([p for p in own if p is not None], self.weights(), strict=True):
+            for parameter, weight in zip(experts.weights(), self.weights(), strict=True):
                 parameter.copy_(weight)
         return experts
 
-    def loop(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """The reference for `forward`: the weights written out, one expert after the other, without dropout."""
-        first, down, *_ = self.weights()
-        first_bias, down_bias = (None if b is None else b[0] for b in (self.first_proj_bias, self.down_proj_bias))
-        out = x.new_zeros(x.shape)
-        for expert in range(self.num_experts):
-            chosen = routing.expert_ids == expert
-            if routing.dropped is not None:
-                chosen = chosen & ~routing.dropped
-            hidden = F.linear(x[routing.token_ids[chosen]], first[expert], first_bias)
-            if self.gated:
-                gate, up = hidden.chunk(2, dim=-1)
-                hidden = self.activation(gate) * up
-            else:
-                hidden = self.activation(hidden)
-            y = F.linear(hidden, down[expert], down_bias) * routing.weights[chosen].unsqueeze(-1)
-            out = out.index_add(0, routing.token_ids[chosen], y.to(out.dtype))
-        return out
+
+def check_rank(rank: int, alpha: float | None) -> None:
+    """Raises a `ValueError` if a rank is below 1, or an alpha not above 0."""
+    if rank < 1:
+        raise ValueError(f"rank={rank}, wanted a whole number >= 1; 8 is a common choice.")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha={alpha}, wanted a number > 0, or None for alpha = rank.")
 
 
 def _cast(tensor: Tensor) -> Tensor:

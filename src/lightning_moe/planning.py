@@ -8,7 +8,7 @@ import torch
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers import ExpertInit, FFNStates, experts_like
+from lightning_moe.initializers import ExpertInit, FFNStates, experts_like, trainable_like
 from lightning_moe.layer import MoELayer
 from lightning_moe.receipt import expert_similarity
 from lightning_moe.routers import Router
@@ -88,7 +88,9 @@ def plan_layer(
     layer = MoELayer(
         router,
         experts,
-        shared_experts=experts_like(dense, num_shared, shared_size) if num_shared else None,
+        shared_experts=trainable_like(dense, experts_like(dense, num_shared, shared_size, Experts))
+        if num_shared
+        else None,
         capacity_factor=config.capacity_factor,
         dropout=dense.dropout,
         name=name,

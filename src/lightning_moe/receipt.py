@@ -74,15 +74,13 @@ class Receipt:
         ]
         if self.expert_similarity is not None:
             rows.append(("similarity", f"{self.expert_similarity:.3f}, mean cosine of two experts' weights"))
-        rows.append(("step 0", f"{'the dense model' if self.preserved else 'NOT the dense model'}: {self.reason}"))
-        if self.measured_difference is not None:
-            rows.append(("measured", f"max |logit difference| = {self.measured_difference:.1e}"))
+        rows += _step_zero(self, "the dense model")
         rows += [("left dense", line) for line in _by_reason(self.left_dense)]
         title = (
             f"Upcycled {len(self.layers)} of {len(self.layers) + len(self.kept)} FFNs to {self.num_experts} experts, "
             f"{self.experts_per_token:g} per token{shared}."
         )
-        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
+        return _lines(title, rows)
 
 
 @dataclass(frozen=True)
@@ -119,11 +117,9 @@ class Expansion:
             ("copies", f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of each expert"),
             ("parameters", " -> ".join(map(_human, self.parameters))),
         ]
-        rows.append(("step 0", f"{'the model before' if self.preserved else 'NOT the model before'}: {self.reason}"))
-        if self.measured_difference is not None:
-            rows.append(("measured", f"max |logit difference| = {self.measured_difference:.1e}"))
+        rows += _step_zero(self, "the model before")
         title = "Expanded {} MoE layers from {} to {} experts.".format(len(self.layers), *self.num_experts)
-        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
+        return _lines(title, rows)
 
 
 @torch.no_grad()
@@ -157,9 +153,25 @@ def expert_similarity(experts: Experts) -> float | None:
     return float(total / pairs)
 
 
+def num_parameters(model: nn.Module) -> int:
+    """The number of a model's parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def num_bytes(model: nn.Module) -> int:
     """The bytes of a model's parameters and buffers, each counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
+
+
+def _lines(title: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
+
+
+def _step_zero(receipt: Receipt | Expansion, before: str) -> list[tuple[str, str]]:
+    rows = [("step 0", f"{before if receipt.preserved else f'NOT {before}'}: {receipt.reason}")]
+    if receipt.measured_difference is not None:
+        rows.append(("measured", f"max |logit difference| = {receipt.measured_difference:.1e}"))
+    return rows
 
 
 def _by_reason(left_dense: Mapping[str, str]) -> list[str]:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.calibration import Batch, calibrate, generates, outputs
+from lightning_moe.calibration import Batch, calibrate, difference, generates, outputs
 from lightning_moe.config import UpcycleConfig, check_config, select_layers
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.ffn_search import find_ffns, find_lookalikes
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.planning import LayerPlan, plan_layer
-from lightning_moe.receipt import Receipt, num_bytes
+from lightning_moe.receipt import Receipt, num_bytes, num_parameters
 from lightning_moe.routers import Router
 from lightning_moe.routing import MoEWarning
 from lightning_moe.tokens import TokenContext, takes_pixels, takes_tokens
@@ -72,7 +72,7 @@ def upcycle(
     init = init.for_model(model, chosen, config.family)
     states = calibrate(model, {name: dense[name] for name in chosen}, (init, config.router_init), calibration)
     plans = {name: plan_layer(name, dense[name], config, init, seed, states.get(name)) for name in chosen}
-    before, memory = _count(model.parameters()), num_bytes(model)
+    before, memory = num_parameters(model), num_bytes(model)
     kept = tuple(name for name in dense if name not in plans)
     left_dense = dict.fromkeys(kept, f"not chosen by layers={config.layers!r}")
     left_dense |= find_lookalikes(model, tuple(dense), config.family)
@@ -81,7 +81,7 @@ def upcycle(
     init.finish(model)
     router = plans[chosen[0]].layer.router
     _warn_if_not_causal(model, router)
-    after, idle = _count(model.parameters()), sum(_idle(plan.layer) for plan in plans.values())
+    after, idle = num_parameters(model), sum(_idle(plan.layer) for plan in plans.values())
     preserved, reason = _step_zero(router, init, config)
     return Receipt(
         layers=tuple(chosen),
@@ -96,7 +96,7 @@ def upcycle(
         expert_similarity=similarity,
         preserved=preserved,
         reason=reason,
-        measured_difference=None if batch is None else _difference(dense_out, outputs(model, batch)),
+        measured_difference=None if batch is None else difference(dense_out, outputs(model, batch)),
         seed=seed,
     )
 
@@ -244,13 +244,5 @@ def _warn_if_not_causal(model: nn.Module, router: Router) -> None:
     )
 
 
-def _count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def _idle(layer: MoELayer) -> int:
     return round(layer.experts.parameters_per_expert * (layer.experts.num_experts - layer.router.experts_per_token))
-
-
-def _difference(dense: Tensor, moe: Tensor) -> float:
-    return float((dense.float() - moe.float()).abs().max())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,7 +38,7 @@ class Freeze:
     end: int | None = None
 
     def __post_init__(self) -> None:
-        if self.part not in ("routers", "experts", "shared_experts", "dense"):
+        if self.part not in get_args(Part):
             raise ValueError(f"part={self.part!r}: wanted routers, experts, shared_experts or dense.")
         if self.begin < 0 or (self.end is not None and self.end <= self.begin):
             raise ValueError(f"begin={self.begin}, end={self.end}: wanted 0 <= begin < end, or end=None.")

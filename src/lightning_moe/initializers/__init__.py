@@ -1,6 +1,6 @@
 """The catalogues of initialisers: dense FFN weights to expert weights, and the router's rows."""
 
-from lightning_moe.initializers.base import ExpertInit, FFNStates, experts_like
+from lightning_moe.initializers.base import ExpertInit, FFNStates, experts_like, trainable_like
 from lightning_moe.initializers.branch_train_mix import BranchTrainMixInit
 from lightning_moe.initializers.copy import CopyInit
 from lightning_moe.initializers.drop import DropInit
@@ -50,4 +50,5 @@ __all__ = [
     "ZeroOutputInit",
     "ZeroRouterInit",
     "experts_like",
+    "trainable_like",
 ]

@@ -1,7 +1,7 @@
 """What an initialiser is, and the functions that initialisers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ class FFNStates:
     """What passed through one dense FFN on the calibration batches, padding left out.
 
     Args:
-        batches: hidden states that reached the FFN, one tensor for each batch.
+        batches: hidden states that reached the FFN, one tensor for each batch; empty where no initialiser asked for it.
         saliency: ``h * dL/dh`` of each neuron's activation h, the first-order change of the loss if it were 0, for the
             tokens of all batches; None where no initialiser asked for it.
     """
@@ -87,7 +87,7 @@ class ExpertInit(ABC):
 
     def new_experts(self, num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
         """Makes the layer's experts, yet without weights: on the meta device. A frozen FFN becomes frozen experts."""
-        return experts_like(dense, num_experts, expert_size)
+        return trainable_like(dense, experts_like(dense, num_experts, expert_size, Experts))
 
     def scales(self, weights_sum: float, num_experts: int, num_shared: int) -> tuple[float, float]:
         """What the outputs of the routed and of the shared experts are to be multiplied by, to be one dense FFN's.
@@ -138,15 +138,16 @@ class ExpertInit(ABC):
         return
 
 
-def experts_like(dense: FFNWeights, num_experts: int, expert_size: int) -> Experts:
-    """Makes experts of the kind of a dense FFN, on the meta device; they are frozen where it is.
+def experts_like(dense: FFNWeights, num_experts: int, expert_size: int, kind: Callable[..., Experts]) -> Experts:
+    """Makes experts of the layout of a dense FFN, on the meta device.
 
     Args:
         dense: the FFN.
         num_experts: how many.
         expert_size: how wide each is.
+        kind: their class, or one with more arguments bound.
     """
-    experts = Experts(
+    return kind(
         num_experts,
         dense.hidden_size,
         expert_size,
@@ -158,6 +159,10 @@ def experts_like(dense: FFNWeights, num_experts: int, expert_size: int) -> Exper
         device="meta",
         dtype=dense.up.dtype,
     )
+
+
+def trainable_like(dense: FFNWeights, experts: Experts) -> Experts:
+    """Freezes experts where the dense FFN is frozen."""
     return experts.requires_grad_(any(source.requires_grad for _, source in dense.sources))
 
 

@@ -1,11 +1,13 @@
 """Low-rank upcycling: one frozen dense FFN, and small changes of it."""
 
+from functools import partial
+
 import torch
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
-from lightning_moe.low_rank import LowRankExperts
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, experts_like
+from lightning_moe.low_rank import LowRankExperts, check_rank
 
 
 class LowRankInit(ExpertInit):
@@ -35,29 +37,14 @@ class LowRankInit(ExpertInit):
     copies_dense = True
 
     def __init__(self, rank: int = 8, alpha: float | None = None) -> None:
-        if rank < 1:
-            raise ValueError(f"rank={rank}: wanted a whole number, 1 or more.")
-        if alpha is not None and alpha <= 0:
-            raise ValueError(f"alpha={alpha}: wanted a number > 0, or None for alpha = rank.")
+        check_rank(rank, alpha)
         self.rank = rank
         self.alpha = alpha
 
     def new_experts(self, num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
         """Makes experts that share one FFN."""
-        return LowRankExperts(
-            num_experts,
-            dense.hidden_size,
-            expert_size,
-            rank=self.rank,
-            alpha=self.alpha,
-            activation=dense.activation,
-            gated=dense.gate is not None,
-            up_bias=dense.up_bias is not None,
-            down_bias=dense.down_bias is not None,
-            inner_dropout=dense.inner_dropout,
-            device="meta",
-            dtype=dense.up.dtype,
-        )
+        kind = partial(LowRankExperts, rank=self.rank, alpha=self.alpha)
+        return experts_like(dense, num_experts, expert_size, kind)
 
     @torch.no_grad()
     def __call__(

@@ -126,28 +126,26 @@ class SplitInit(ExpertInit):
         self, dense: FFNWeights, count: int, generator: torch.Generator, states: FFNStates | None
     ) -> Int[Tensor, " count"]:
         if count and self.method in ("activation", "gradient"):
-            return self._importance(dense, states).topk(count).indices
+            importance = self._effects(dense, states).abs().mean(0)
+            if self.method == "activation":
+                importance = importance * dense.down.float().norm(dim=0)
+            return importance.topk(count).indices
         # the same for the shared and for the other experts, whatever has been drawn between
         own = torch.Generator().manual_seed(generator.initial_seed())
         return torch.randperm(dense.expert_size, generator=own)[:count]
 
-    def _importance(self, dense: FFNWeights, states: FFNStates | None) -> Float[Tensor, " F"]:
-        assert states is not None
-        if self.method == "activation":
-            activity: Tensor = dense.hidden(states.inputs.to(dense.up.dtype)).float().abs().mean(0)
-            effect: Tensor = dense.down.float().norm(dim=0)
-            return activity * effect
-        assert states.saliency is not None
-        return states.saliency.float().abs().mean(0)
-
     def _features(self, dense: FFNWeights, states: FFNStates | None) -> Float[Tensor, "F X"]:
         if self.method == "kmeans":
             return F.normalize((dense.up if dense.gate is None else dense.gate).float(), dim=1)
+        return F.normalize(self._effects(dense, states).t(), dim=1)
+
+    def _effects(self, dense: FFNWeights, states: FFNStates | None) -> Float[Tensor, "T F"]:
+        # what each neuron does on each token
         assert states is not None
         if self.method == "activation":
-            return F.normalize(dense.hidden(states.inputs.to(dense.up.dtype)).float().t(), dim=1)
+            return dense.hidden(states.inputs.to(dense.up.dtype)).float()
         assert states.saliency is not None
-        return F.normalize(states.saliency.float().t(), dim=1)
+        return states.saliency.float()
 
 
 def balanced_kmeans(
