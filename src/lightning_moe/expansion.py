@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lightning_moe.calibration import Batch, as_labels, difference, evaluating, outputs
+from lightning_moe.calibration import Batch, as_labels, check_batches, difference, evaluating, outputs
 from lightning_moe.experts import Experts
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.planning import layer_seed
 from lightning_moe.receipt import Expansion, num_parameters
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_choice, check_not_negative, init_arguments
+from lightning_moe.routers.base import check_choice, check_not_negative, check_whole, init_arguments
 
 # tokens of random hidden states on which routers before and after are compared: a few kB
 _PROBE = 256
@@ -65,6 +65,7 @@ def expand(
         seed: what each layer's noise derives from, with its name; None takes the seed of ``seed_everything``.
 
     Raises:
+        TypeError: if ``calibration`` is no list of batches.
         ValueError: if there is no MoE layer, an argument is out of range, a router cannot be duplicated row by row or
             refuses its arguments, a balance loss has counted experts, or ``calibration`` is missing or gives no loss.
 
@@ -77,6 +78,9 @@ def expand(
         ({'0': (2, 2, 2, 2)}, True, True)
     """
     layers = moe_layers(model)
+    check_batches("calibration", calibration)
+    if top_k is not None:
+        check_whole(top_k=top_k)
     before = _check(layers, num_experts, method, row_noise, bool(calibration))
     plans = {name: _plan(name, layer, num_experts, top_k, method) for name, layer in layers.items()}
     copies = dict.fromkeys(layers, (num_experts // before,) * before)
@@ -106,15 +110,28 @@ def expand(
 
 def _check(layers: Mapping[str, MoELayer], wanted: int, method: str, row_noise: float, calibrated: bool) -> int:
     check_choice("method", method, ("even", "utility"))
+    check_whole(num_experts=wanted)
     check_not_negative(row_noise=row_noise)
-    if calibrated != (method == "utility"):
-        raise ValueError(f'method="{method}": "utility" wants calibration=[batch, ...], "even" has no use for it.')
-    numbers = {layer.experts.num_experts for layer in layers.values()}
-    if len(numbers) != 1:
-        raise ValueError(f"MoE layers of {sorted(numbers)} experts: wanted some, all alike. Call upcycle(model, ...).")
-    (before,) = numbers
-    if wanted <= before or (method == "even" and wanted % before):
-        raise ValueError(f'num_experts={wanted}: the model has {before}; wanted more, for "even" as {2 * before}.')
+    if calibrated and method == "even":
+        raise ValueError('method="even" has no use for calibration; leave it out, or take method="utility".')
+    if not calibrated and method == "utility":
+        raise ValueError('method="utility" measures gradients of the loss: give calibration=[batch, ...].')
+    numbers = sorted({layer.experts.num_experts for layer in layers.values()})
+    if not numbers:
+        raise ValueError("The model has no MoE layer to expand; call upcycle(model, config) instead.")
+    if len(numbers) > 1:
+        raise ValueError(
+            f"The MoE layers of the model have {' and '.join(map(str, numbers))} experts; they can be expanded only "
+            "where all have as many."
+        )
+    before = numbers[0]
+    if wanted <= before:
+        raise ValueError(f"num_experts={wanted}: the model has {before} experts already; give more, as {2 * before}.")
+    if method == "even" and wanted % before:
+        raise ValueError(
+            f'num_experts={wanted} is no multiple of the {before} that there are, and method="even" copies each as '
+            f'often; give {2 * before} or {3 * before}, or take method="utility".'
+        )
     return before
 
 
