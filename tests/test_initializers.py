@@ -1,7 +1,10 @@
 """What an initialiser makes of a dense FFN: which weights, which router, and what step 0 computes."""
 
 import copy
+import functools
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from lightning_moe import (
     SigmoidRouter,
     SplitInit,
     TopKRouter,
+    UniformRouter,
     UpcycleConfig,
     ZeroOutputInit,
     ZeroRouterInit,
@@ -39,8 +43,9 @@ from lightning_moe import (
     save_moe,
     upcycle,
 )
-from lightning_moe.calibration import calibrate
+from lightning_moe.calibration import calibrate, check_batches
 from lightning_moe.initializers.split import balanced_kmeans
+from lightning_moe.routers.base import check_whole
 
 E = 8
 PROMISE = 1e-5
@@ -283,9 +288,36 @@ def test_splitting_shares_every_neuron_out_once(method, family):
 
 
 @every_family
-def test_splitting_is_the_dense_model_if_every_expert_is_taken_alike(family):
-    dense, moe, _ = made(SplitInit(), family, num_experts=4, router=routed(TopKRouter, 4, init_std=0.0))
+@pytest.mark.parametrize("method", ["random", "kmeans"])
+def test_splitting_is_the_dense_model_if_every_expert_is_taken_alike(method, family):
+    for router in (routed(TopKRouter, 4, init_std=0.0), functools.partial(UniformRouter, top_k=4)):
+        dense, moe, receipt = made(SplitInit(method), family, num_experts=4, router=router)
+        assert difference(dense, moe, family) <= PROMISE
+        assert receipt.preserved
+        assert "a token has all of them, with equal weights" in receipt.reason
+
+
+@pytest.mark.parametrize(
+    ("router", "reason"),
+    [
+        (routed(TopKRouter, 2), "a token has not all experts"),
+        (routed(TopKRouter, 4, init_std=0.5), "TopKRouter does not weigh them equally"),
+    ],
+)
+@every_family
+def test_splitting_is_not_the_dense_model_otherwise(router, reason, family):
+    dense, moe, receipt = made(SplitInit(), family, num_experts=4, router=router)
+    assert difference(dense, moe, family) > 1e-3
+    assert not receipt.preserved
+    assert reason in receipt.reason
+
+
+@pytest.mark.parametrize("init", [NoiseInit(std=0.0), DropInit(ratio=0.0)])
+@every_family
+def test_an_initialiser_that_changes_nothing_is_told_to_be_the_dense_model(init, family):
+    dense, moe, receipt = made(init, family)
     assert difference(dense, moe, family) <= PROMISE
+    assert receipt.preserved
 
 
 @pytest.mark.parametrize("method", ["random", "kmeans", "activation", "gradient"])
@@ -328,6 +360,48 @@ def hidden_and_gradient(dense, name, batch):
     dense(**batch, labels=batch["input_ids"]).loss.backward()
     handle.remove()
     return (tensor.reshape(-1, ffn.expert_size) for tensor in (held["h"].detach(), held["h"].grad))
+
+
+def test_a_loss_that_is_no_number_gives_no_importance():
+    dense, batch = dense_model(), FAMILY_ROWS["llama"].batch()
+    config = UpcycleConfig(num_experts=4, init=SplitInit("gradient"))
+    nothing = {**batch, "labels": torch.full_like(batch["input_ids"], -100)}
+    with pytest.raises(ValueError, match=r"calibration\[1\]: the loss is nan, .* labels that are not all -100"):
+        upcycle(dense, config, calibration=[batch, nothing])
+    assert moe_layers(dense) == {}
+
+
+@pytest.mark.parametrize("changes", [{"init": SplitInit("activation")}, {"router_init": KMeansRouterInit()}])
+def test_hidden_states_that_are_no_numbers_are_refused(changes):
+    dense, batch = dense_model(), FAMILY_ROWS["llama"].batch()
+    dense.model.layers[0].input_layernorm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match=r"calibration\[0\]: the hidden states before model.layers.0.mlp are not all"):
+        upcycle(dense, UpcycleConfig(num_experts=4, **changes), calibration=[batch])
+    assert moe_layers(dense) == {}
+
+
+def test_domains_that_are_alike_are_refused():
+    batches = [{"input_ids": token_ids(generator_seed=seed)} for seed in (0, 1, 1)]
+    dense = dense_model()
+    with pytest.raises(ValueError, match="calibration batches 1 and 2 have the same mean hidden state"):
+        upcycle(dense, UpcycleConfig(num_experts=3, router_init=CentroidRouterInit()), calibration=batches)
+    assert moe_layers(dense) == {}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (2, "calibration is 2; wanted a list of inputs of the model"),
+        ("text", "calibration is 'text'; wanted a list"),
+        ({"input_ids": torch.zeros(1, 3).long()}, "calibration is one batch; wanted a list"),
+        (torch.zeros(1, 3).long(), "calibration is one batch; wanted a list"),
+        (["text"], r"calibration\[0\] is 'text', a str; wanted inputs of the model"),
+    ],
+)
+def test_what_is_no_list_of_batches_is_told_in_words(calibration, message):
+    # past the type checks of the tests, which users do not have
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(check_batches)("calibration", calibration)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -399,11 +473,17 @@ def test_low_rank_experts_train_their_changes_and_nothing_of_the_ffn(family, fro
 
 
 def test_the_receipt_counts_low_rank_parameters():
-    _, _, receipt = made(LowRankInit(rank=4), router=routed(TopKRouter, 2))
+    dense, _, receipt = made(LowRankInit(rank=4), router=routed(TopKRouter, 2))
     # 16 channels, 24 neurons, rank 4: A and B of gate, up and down are 4 x (16 + 24) each
     changes, router = 3 * 4 * (16 + 24), 16 * E
     assert receipt.parameters_added == 2 * (E * changes + router)
     assert receipt.active_parameters[1] - receipt.active_parameters[0] == 2 * (2 * changes + router)
+    ffns = sum(parameter.numel() for name, parameter in dense.named_parameters() if ".mlp." in name)
+    assert receipt.trainable_parameters == (
+        receipt.parameters[0],
+        receipt.parameters[0] - ffns + 2 * (E * changes + router),
+    )
+    assert "  trainable " in str(receipt)
     assert receipt.expert_similarity == 1.0
 
 
@@ -476,6 +556,7 @@ def test_a_branch_of_another_architecture_is_refused_before_anything_changes(tmp
     before = copy.deepcopy(dense.state_dict())
     for branch, message in (
         (short, "number 0, a LlamaForCausalLM, is of another architecture: model.layers.1"),
+        (dense, "number 0, a LlamaForCausalLM, is the model that is upcycled, or shares"),
         (str(tmp_path / "short"), "is of another architecture: model.layers.1"),
         (str(tmp_path / "gpt2"), "gpt2' is of another architecture"),
     ):
@@ -483,6 +564,63 @@ def test_a_branch_of_another_architecture_is_refused_before_anything_changes(tmp
             upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([branch])))
     assert moe_layers(dense) == {}
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "config.hidden_act is gelu, and in the LlamaForCausalLM that is upcycled silu"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}, "is of another architecture: config."),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001"),
+    ],
+)
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_branch_that_computes_something_else_with_weights_of_the_same_shapes_is_refused(
+    changes, message, by_path, tmp_path
+):
+    dense = dense_model()
+    config = type(dense.config)(**(dense.config.to_dict() | changes))
+    branch = type(dense)(config)
+    for one, other in zip(branch.parameters(), dense.parameters(), strict=True):
+        assert one.shape == other.shape
+    branch.save_pretrained(tmp_path)
+    before = copy.deepcopy(dense.state_dict())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([str(tmp_path) if by_path else branch])))
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+def test_what_does_not_change_the_computation_may_differ_between_branches(tmp_path):
+    dense, branch = dense_model(), branches_of()[0]
+    branch.config.use_cache, branch.config.bos_token_id, branch.config.attention_dropout = False, 7, 0.1
+    branch.save_pretrained(tmp_path)
+    upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([str(tmp_path)])))
+    assert len(moe_layers(dense)) == 2
+
+
+@pytest.mark.parametrize(("activation", "eps"), [(nn.ReLU(), 1e-5), (nn.GELU("tanh"), 1e-5), (nn.GELU(), 1e-3)])
+def test_a_branch_of_a_plain_module_is_compared_by_what_its_parts_are(activation, eps):
+    def plain(act, norm_eps=1e-5):
+        return nn.Sequential(nn.Sequential(nn.Linear(8, 16), act, nn.Linear(16, 8)), nn.LayerNorm(8, eps=norm_eps))
+
+    with pytest.raises(ValueError, match="is of another architecture"):
+        upcycle(plain(nn.GELU()), UpcycleConfig(num_experts=2, init=BranchTrainMixInit([plain(activation, eps)])))
+    upcycle(plain(nn.GELU()), UpcycleConfig(num_experts=2, init=BranchTrainMixInit([plain(nn.GELU())])))
+
+
+def test_a_wrong_number_of_experts_is_told_before_any_branch_is_loaded():
+    init = BranchTrainMixInit(["nowhere/at-all"])
+    with pytest.raises(ValueError, match="has 1 model and the dense model itself; set num_experts=2"):
+        upcycle(dense_model(), UpcycleConfig(num_experts=4, init=init))
+
+
+def test_a_mixture_of_experts_is_no_branch(tmp_path):
+    moe = dense_model()
+    upcycle(moe, UpcycleConfig(num_experts=2))
+    save_moe(moe, tmp_path)
+    with pytest.raises(ValueError, match="holds a Mixture-of-Experts model; branches are dense models"):
+        upcycle(dense_model(), UpcycleConfig(num_experts=2, init=BranchTrainMixInit([str(tmp_path)])))
 
 
 def test_balanced_kmeans_finds_clusters_of_equal_size():
@@ -611,9 +749,13 @@ def test_kmeans_rows_spread_the_tokens_they_were_made_of():
         (SplitInit(), {"num_experts": 7}, "num_experts=7 does not divide the FFN's width, 24"),
         (SplitInit(), {"num_shared_experts": 1}, "num_experts=8 and 1 shared, together, does not divide"),
         (ZeroOutputInit(), {}, r"model\.layers\.0\.mlp: ZeroOutputInit leaves .* set num_shared_experts=1"),
-        (BranchTrainMixInit([dense_model()]), {}, "has 1 models and the dense model itself; set num_experts=2"),
+        (BranchTrainMixInit([dense_model()]), {}, "has 1 model and the dense model itself; set num_experts=2"),
         (BranchTrainMixInit([dense_model("gpt2")], False), {"num_experts": 1}, "number 0, a GPT2LMHeadModel, is of an"),
-        (BranchTrainMixInit(["nowhere/at-all"]), {"num_experts": 2}, "'nowhere/at-all' cannot be loaded as Llama"),
+        (
+            BranchTrainMixInit(["nowhere/at-all"]),
+            {"num_experts": 2},
+            "'nowhere/at-all' is no directory here, and from the Hub cannot be loaded as Llama",
+        ),
         (None, {"router_init": CentroidRouterInit()}, "1 calibration batches for 8 experts"),
         (None, {"router_init": OrthogonalRouterInit(), "num_experts": 17}, "17 experts cannot have orthogonal rows"),
         (None, {"router_init": NormalRouterInit(), "router": ROUTERS["cosine"]}, "CosineRouter has not"),
@@ -630,7 +772,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(init, changes, mes
 
 @pytest.mark.parametrize("changes", [{"init": SplitInit("activation")}, {"router_init": KMeansRouterInit()}])
 def test_what_looks_at_hidden_states_wants_a_batch(changes):
-    with pytest.raises(ValueError, match=r"looks at hidden states of the model: give upcycle\(\.\.\., calibration="):
+    with pytest.raises(ValueError, match=r"looks at what passes through the model: give upcycle\(\.\.\., calibration="):
         upcycle(dense_model(), UpcycleConfig(num_experts=4, **changes))
 
 
@@ -646,7 +788,15 @@ def test_what_looks_at_hidden_states_wants_a_batch(changes):
         (lambda: LowRankInit(rank=0), "rank=0"),
         (lambda: LowRankInit(alpha=-1.0), "alpha=-1"),
         (lambda: BranchTrainMixInit([]), r"models=\[\]: wanted a list"),
-        (lambda: BranchTrainMixInit("one"), "models='one': wanted a list"),
+        (lambda: NoiseInit(std=math.nan), "std=nan"),
+        (lambda: NoiseInit(std=math.inf), "std=inf"),
+        (lambda: NormalRouterInit(math.inf), "std=inf"),
+        (lambda: OrthogonalRouterInit(math.nan), "std=nan"),
+        (lambda: LowRankInit(alpha=math.nan), "alpha=nan"),
+        (lambda: SplitInit("kmeans", 0), "num_iterations=0"),
+        (lambda: SplitInit(num_iterations=-3), "num_iterations=-3"),
+        (lambda: check_whole(granularity=2.0), r"granularity=2\.0: wanted a whole number"),
+        (lambda: check_whole(num_iterations=True), "num_iterations=True: wanted a whole number"),
         (lambda: OrthogonalRouterInit(-1.0), "std=-1"),
         (lambda: CentroidRouterInit(0.0), "std=0"),
         (lambda: KMeansRouterInit(num_iterations=0), "num_iterations=0"),
@@ -655,3 +805,10 @@ def test_what_looks_at_hidden_states_wants_a_batch(changes):
 def test_arguments_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("models", ["one", 3, nn.Linear(2, 2), [1]])
+def test_branches_are_a_list_of_names_and_modules(models):
+    # past the type checks of the tests, which users do not have
+    with pytest.raises(TypeError, match="wanted a list of one model or more: names, paths, or the modules"):
+        inspect.unwrap(BranchTrainMixInit.__init__)(object.__new__(BranchTrainMixInit), models)

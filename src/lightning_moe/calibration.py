@@ -38,7 +38,7 @@ def calibrate(
         return {}
     if not batches:
         raise ValueError(
-            f"{type(needy[0]).__name__} looks at hidden states of the model: give upcycle(..., calibration=[batch, "
+            f"{type(needy[0]).__name__} looks at what passes through the model: give upcycle(..., calibration=[batch, "
             "...]) or MoEUpcycleCallback(..., calibration=...) some batches."
         )
     states = _hidden_states(model, list(dense), batches) if any(part.needs_inputs for part in needy) else {}
@@ -91,6 +91,28 @@ def as_labels(batch: Mapping[str, Any]) -> Tensor:
     return labels
 
 
+def check_batches(name: str, batches: Any) -> None:
+    """Raises a `TypeError` if this is no list of batches, or None; ``name`` is the argument's."""
+    if batches is None:
+        return
+    wanted = f"wanted a list of inputs of the model, as {name}=[batch, ...]"
+    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Sequence):
+        one = isinstance(batches, (Mapping, Tensor))
+        raise TypeError(f"{name} is {'one batch' if one else repr(batches)}; {wanted}.")
+    for number, batch in enumerate(batches):
+        check_batch(f"{name}[{number}]", batch)
+
+
+def check_batch(name: str, batch: Any) -> None:
+    """Raises a `TypeError` if this is not the inputs of a model; ``name`` is the argument's."""
+    inside = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(inside, (Mapping, Tensor)):
+        raise TypeError(
+            f"{name} is {batch!r}, a {type(batch).__name__}; wanted inputs of the model: a mapping of keyword "
+            "arguments, as a tokenizer's output, or a tensor."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation mode, and each of its modules back into its own mode."""
@@ -124,7 +146,16 @@ def _hidden_states(model: nn.Module, names: Sequence[str], batches: Sequence[Bat
     current: list[Batch] = []
 
     def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, given: collected[name].append(_unpadded(given[0], current[0]))
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            rows = _unpadded(given[0], current[0])
+            if not bool(rows.isfinite().all()):
+                raise ValueError(
+                    f"calibration[{len(collected[name])}]: the hidden states before {name} are not all finite numbers. "
+                    "Give other batches, or look at the weights of the model."
+                )
+            collected[name].append(rows)
+
+        return keep
 
     with _hooked([model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in names]):
         for batch in batches:
@@ -139,7 +170,7 @@ def _saliency(model: nn.Module, dense: Mapping[str, FFNWeights], batches: Sequen
     owners = {id(weight): module for module in model.modules() for weight in module._parameters.values()}
     downs = {name: owners[id(dict(ffn.sources)["down"])] for name, ffn in dense.items()}
     collected: dict[str, list[Tensor]] = {name: [] for name in dense}
-    for batch in batches:
+    for number, batch in enumerate(batches):
         hidden: dict[str, Tensor] = {}
 
         def keeper(name: str, into: dict[str, Tensor] = hidden) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
@@ -152,6 +183,11 @@ def _saliency(model: nn.Module, dense: Mapping[str, FFNWeights], batches: Sequen
 
         with _hooked([down.register_forward_pre_hook(keeper(name)) for name, down in downs.items()]):
             loss = _loss(model, batch)
+        if not bool(loss.isfinite().all()):
+            raise ValueError(
+                f"calibration[{number}]: the loss is {float(loss.detach())}, and importance by gradient needs a finite "
+                "one. Give batches with labels that are not all -100."
+            )
         # and not backward(), which would add to the parameters' gradients
         gradients = torch.autograd.grad(loss, list(hidden.values()), allow_unused=True)
         for (name, h), gradient in zip(hidden.items(), gradients, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moe.experts import Dispatched, Experts, combine, dispatch, grouped_linear
+from lightning_moe.routers.base import check_positive, check_whole
 from lightning_moe.routing import Routing
 
 
@@ -226,11 +227,10 @@ class LowRankExperts(Experts):
 
 
 def check_rank(rank: int, alpha: float | None) -> None:
-    """Raises a `ValueError` if a rank is below 1, or an alpha not above 0."""
-    if rank < 1:
-        raise ValueError(f"rank={rank}, wanted a whole number >= 1; 8 is a common choice.")
-    if alpha is not None and alpha <= 0:
-        raise ValueError(f"alpha={alpha}, wanted a number > 0, or None for alpha = rank.")
+    """Raises a `ValueError` if a rank is no whole number of 1 or more, or an alpha not above 0."""
+    check_whole(rank=rank)
+    if alpha is not None:
+        check_positive(alpha=alpha)
 
 
 def _cast(tensor: Tensor) -> Tensor:

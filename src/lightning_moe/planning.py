@@ -55,6 +55,19 @@ class LayerPlan:
         return expert_similarity(experts)
 
 
+def check_sizes(name: str, dense: FFNWeights, config: UpcycleConfig, init: ExpertInit) -> tuple[int, int]:
+    """The widths of one expert and of one shared expert in the place of an FFN.
+
+    Raises:
+        ValueError: if the FFN cannot be shared out so; the message names it.
+    """
+    sizes = dense.expert_size, config.num_experts, config.num_shared_experts
+    try:
+        return init.expert_size(*sizes), init.shared_size(*sizes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def plan_layer(
     name: str, dense: FFNWeights, config: UpcycleConfig, init: ExpertInit, seed: int, states: FFNStates | None
 ) -> LayerPlan:
@@ -77,9 +90,8 @@ def plan_layer(
     init = init.for_layer(name)
     generator = torch.Generator().manual_seed(layer_seed(seed, name))
     num_experts, num_shared = config.num_experts, config.num_shared_experts
+    expert_size, shared_size = check_sizes(name, dense, config, init)
     try:
-        expert_size = init.expert_size(dense.expert_size, num_experts, num_shared)
-        shared_size = init.shared_size(dense.expert_size, num_experts, num_shared)
         router = _build_router(dense, config, generator, states, layer_seed(seed, name))
         init.init_router(router, generator)
         experts = init.new_experts(num_experts, expert_size, dense)

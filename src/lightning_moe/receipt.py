@@ -29,6 +29,7 @@ class Receipt:
         experts_per_token: experts that compute for one token, shared ones left out.
         num_shared_experts: experts that compute for every token.
         parameters: total before and after.
+        trainable_parameters: those that training changes, before and after; low-rank experts share a frozen FFN.
         active_parameters: parameters that compute for one token, before and after.
         memory: bytes of the parameters and buffers as they are stored, before and after.
         expert_similarity: mean cosine of the weights of two experts of a layer, shared ones left out, over all pairs
@@ -46,6 +47,7 @@ class Receipt:
     experts_per_token: float
     num_shared_experts: int
     parameters: tuple[int, int]
+    trainable_parameters: tuple[int, int]
     active_parameters: tuple[int, int]
     memory: tuple[int, int]
     expert_similarity: float | None
@@ -65,6 +67,7 @@ class Receipt:
 
     def __str__(self) -> str:
         total, active, memory = self.parameters, self.active_parameters, self.memory
+        trainable = self.trainable_parameters
         shared = f", and {self.num_shared_experts} shared" if self.num_shared_experts else ""
         added = f"{'+' if self.parameters_added >= 0 else '-'}{_human(abs(self.parameters_added))}"
         rows = [
@@ -72,6 +75,8 @@ class Receipt:
             ("active", f"{_human(active[0])} -> {_human(active[1])} per token"),
             ("memory", f"{_human(memory[0], _BYTES)} -> {_human(memory[1], _BYTES)}"),
         ]
+        if trainable != total:
+            rows.insert(1, ("trainable", f"{_human(trainable[0])} -> {_human(trainable[1])}"))
         if self.expert_similarity is not None:
             rows.append(("similarity", f"{self.expert_similarity:.3f}, mean cosine of two experts' weights"))
         rows += _step_zero(self, "the dense model")
@@ -153,9 +158,9 @@ def expert_similarity(experts: Experts) -> float | None:
     return float(total / pairs)
 
 
-def num_parameters(model: nn.Module) -> int:
-    """The number of a model's parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """The number of a model's parameters, or of the trainable ones alone, each counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.calibration import Batch, calibrate, difference, generates, outputs
+from lightning_moe.calibration import Batch, calibrate, check_batch, check_batches, difference, generates, outputs
 from lightning_moe.config import UpcycleConfig, check_config, select_layers
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.ffn_search import find_ffns, find_lookalikes
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates
 from lightning_moe.layer import MoELayer, moe_layers
-from lightning_moe.planning import LayerPlan, plan_layer
+from lightning_moe.planning import LayerPlan, check_sizes, plan_layer
 from lightning_moe.receipt import Receipt, num_bytes, num_parameters
 from lightning_moe.routers import Router
 from lightning_moe.routing import MoEWarning
@@ -51,7 +51,8 @@ def upcycle(
         What was done, and how step 0 relates to the dense model.
 
     Raises:
-        TypeError: if ``config`` is no `UpcycleConfig`, or if no FFN of a known family is found.
+        TypeError: if ``config`` is no `UpcycleConfig`, ``batch`` no inputs, ``calibration`` no list of these, or if no
+            FFN of a known family is found.
         ValueError: if all layers are to be upcycled and some are already, if ``config.layers`` matches nothing, if the
             router refuses its arguments, if an initialiser does not fit the FFNs or the router, or if it needs
             ``calibration``.
@@ -64,15 +65,21 @@ def upcycle(
         (('0',), True, True)
     """
     _check(model, config)
+    check_batches("calibration", calibration)
+    if batch is not None:
+        check_batch("batch", batch)
     dense = find_ffns(model, config.family)
     chosen = select_layers(list(dense), config.layers)
     seed = torch.initial_seed() if config.seed is None else config.seed
     init = CopyInit() if config.init is None else config.init
     calibration = [batch] if calibration is None and batch is not None else calibration
+    for name in chosen:
+        # before anything is loaded or looked at
+        check_sizes(name, dense[name], config, init.for_layer(name))
     init = init.for_model(model, chosen, config.family)
     states = calibrate(model, {name: dense[name] for name in chosen}, (init, config.router_init), calibration)
     plans = {name: plan_layer(name, dense[name], config, init, seed, states.get(name)) for name in chosen}
-    before, memory = num_parameters(model), num_bytes(model)
+    before, trainable, memory = num_parameters(model), num_parameters(model, trainable=True), num_bytes(model)
     kept = tuple(name for name in dense if name not in plans)
     left_dense = dict.fromkeys(kept, f"not chosen by layers={config.layers!r}")
     left_dense |= find_lookalikes(model, tuple(dense), config.family)
@@ -91,6 +98,7 @@ def upcycle(
         experts_per_token=router.experts_per_token,
         num_shared_experts=config.num_shared_experts,
         parameters=(before, after),
+        trainable_parameters=(trainable, num_parameters(model, trainable=True)),
         active_parameters=(before, after - idle),
         memory=(memory, num_bytes(model)),
         expert_similarity=similarity,

@@ -51,7 +51,7 @@ class ExpertInit(ABC):
     """Looks at hidden states of a calibration batch, see `upcycle`."""
 
     needs_saliency: ClassVar[bool] = False
-    """Looks at gradients of the loss on the calibration batches too; they must have labels."""
+    """Looks at gradients of the loss on the calibration batches; for a causal language model these need no labels."""
 
     routes_nothing: ClassVar[bool] = False
     """At step 0 the routed experts add nothing, whatever the router does."""
@@ -204,3 +204,32 @@ def gate_parameter(router: Router, num_experts: int) -> nn.Parameter | None:
     """The router's parameter with one row per expert; None if it has none."""
     gate = getattr(router, "gate", None)
     return gate if isinstance(gate, nn.Parameter) and gate.shape[0] == num_experts else None
+
+
+@torch.no_grad()
+def weighs_groups_evenly(router: Router, group_size: int) -> bool:
+    """Whether each of some random tokens gives the same weight to all experts of a group, in training and evaluation.
+
+    Args:
+        router: one that reads hidden states; on the meta device it is believed.
+        group_size: experts ``g * group_size`` and those that follow are group g.
+    """
+    gate = next(router.parameters(), torch.zeros(()))
+    if gate.is_meta:
+        return True
+    x = torch.randn(64, router.hidden_size, generator=torch.Generator().manual_seed(0)).to(gate.device, gate.dtype)
+    was_training = router.training
+    try:
+        for training in (True, False):
+            with torch.random.fork_rng(devices=[]):
+                routing = router.train(training)(x)
+            table = routing.weights.new_zeros(64, router.num_experts // group_size, group_size)
+            ffns = routing.expert_ids < router.num_experts
+            rows = routing.token_ids[ffns] * router.num_experts + routing.expert_ids[ffns]
+            table.view(-1).index_add_(0, rows, routing.weights[ffns])
+            # up to a rounding of the gate's products
+            if not torch.allclose(table, table.mean(-1, keepdim=True).expand_as(table), rtol=1e-4, atol=1e-7):
+                return False
+    finally:
+        router.train(was_training)
+    return True

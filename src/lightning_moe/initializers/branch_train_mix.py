@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,28 @@ from lightning_moe.ffn_search import find_ffns
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
 from lightning_moe.routers import Router
 
+# entries of a configuration that do not change what a model computes from given inputs
+_DESCRIBING = {
+    "architectures",
+    "dtype",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "max_position_embeddings",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
 
 class BranchTrainMixInit(ExpertInit):
     """Makes each expert of the FFN of another fine-tuned model, and averages all that is not an expert.
 
-    The models are of one architecture, branches of one dense model, each trained on a domain of its own. Expert e of
+    The models are of one architecture and configuration, branches of one dense model, each trained on a domain of its
+    own. Expert e of
     every layer is the FFN of model e; embeddings, attention, norms, heads, and FFNs that stay dense become the mean
     over all of them. The router is new. Shared experts, where there are any, are the dense model's.
 
@@ -30,8 +48,9 @@ class BranchTrainMixInit(ExpertInit):
         include_dense: whether the model that is upcycled is the first expert, and part of the mean.
 
     Raises:
-        ValueError: if there is no branch; at `upcycle`, if a branch cannot be loaded or is of another architecture, or
-            if ``num_experts`` is not the number of models.
+        TypeError: if ``models`` is no list of names and modules.
+        ValueError: if there is no branch; at `upcycle`, if ``num_experts`` is not the number of models, if a branch
+            cannot be loaded, is the model itself, or is of another architecture or configuration.
 
     Example:
         >>> BranchTrainMixInit(["my-math-model", "my-code-model"]).expert_size(1536, num_experts=3)
@@ -39,8 +58,13 @@ class BranchTrainMixInit(ExpertInit):
     """
 
     def __init__(self, models: Sequence[str | nn.Module], include_dense: bool = True) -> None:
-        if isinstance(models, str) or len(models) == 0:
-            raise ValueError(f"models={models!r}: wanted a list of one model or more.")
+        wanted = "wanted a list of one model or more: names, paths, or the modules themselves."
+        if isinstance(models, str) or not isinstance(models, Sequence):
+            raise TypeError(f"models={models!r}: {wanted}")
+        if odd := [model for model in models if not isinstance(model, (str, nn.Module))]:
+            raise TypeError(f"models: {odd[0]!r} is a {type(odd[0]).__name__}; {wanted}")
+        if not models:
+            raise ValueError(f"models=[]: {wanted}")
         self.models = models
         self.include_dense = include_dense
         self._home = ""
@@ -53,8 +77,11 @@ class BranchTrainMixInit(ExpertInit):
         found = copy.copy(self)
         found._branches = [_load(model, branch) for branch in self.models]
         found._home = _home(model, found._branches[0], names)
-        for number, branch in enumerate(found._branches):
-            _check_branch(_label(self.models, number), model.get_submodule(found._home), branch)
+        for number, branch in enumerate(self.models):
+            # what was loaded has been compared, before
+            if isinstance(branch, nn.Module):
+                label = f"models: number {number}, a {type(branch).__name__},"
+                _check_branch(label, model.get_submodule(found._home), branch)
         found._ffns = [find_ffns(branch, family) for branch in found._branches]
         return found
 
@@ -69,9 +96,9 @@ class BranchTrainMixInit(ExpertInit):
         wanted = len(self.models) + self.include_dense
         if num_experts != wanted:
             with_dense = " and the dense model itself" if self.include_dense else ""
+            number = f"{len(self.models)} model{'s' if len(self.models) > 1 else ''}"
             raise ValueError(
-                f"num_experts={num_experts}, and BranchTrainMixInit has {len(self.models)} models{with_dense}; set "
-                f"num_experts={wanted}."
+                f"num_experts={num_experts}, and BranchTrainMixInit has {number}{with_dense}; set num_experts={wanted}."
             )
         return dense_size
 
@@ -111,11 +138,6 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _label(models: Sequence[str | nn.Module], number: int) -> str:
-    model = models[number]
-    return f"models: {model!r}" if isinstance(model, str) else f"models: number {number}, a {type(model).__name__},"
-
-
 def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
     if isinstance(branch, nn.Module):
         return branch
@@ -127,6 +149,8 @@ def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
             "loaded by name. Give the modules themselves."
         )
     cls = type(own)
+    if (Path(branch) / "moe_config.json").is_file():
+        raise ValueError(f"models: {branch!r} holds a Mixture-of-Experts model; branches are dense models.")
     try:
         with torch.device("meta"):
             empty: nn.Module = cls(cls.config_class.from_pretrained(branch))
@@ -136,7 +160,8 @@ def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
             return empty
         loaded, told = cls.from_pretrained(branch, dtype=own.dtype, output_loading_info=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"models: {branch!r} cannot be loaded as {cls.__name__}: {error}") from error
+        where = "" if Path(branch).is_dir() else "is no directory here, and from the Hub "
+        raise ValueError(f"models: {branch!r} {where}cannot be loaded as {cls.__name__}: {error}") from error
     if missing := sorted(told["missing_keys"]):
         raise ValueError(
             f"models: {branch!r} is no {cls.__name__}: it lacks {missing[0]} and {len(missing) - 1} other weights. "
@@ -159,12 +184,52 @@ def _home(model: nn.Module, branch: nn.Module, names: Sequence[str]) -> str:
 
 
 def _check_branch(label: str, own: nn.Module, branch: nn.Module) -> None:
-    wanted = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()}
-    for name in [*wanted, *shapes]:
-        if wanted.get(name) != shapes.get(name):
-            has, wants = shapes.get(name, "missing"), wanted.get(name, "missing")
-            raise ValueError(
-                f"{label} is of another architecture: {name} is {has}, and in {type(own).__name__} {wants}. Give "
-                "branches of the model that is upcycled."
-            )
+    # what differs is told as (what, in the branch, in the model)
+    wants = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
+    has = {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()}
+    different = _first_difference(has, wants) or _first_difference(_settings(branch), _settings(own))
+    if different:
+        what, theirs, ours = different
+        raise ValueError(
+            f"{label} is of another architecture: {what} is {theirs}, and in the {type(own).__name__} that is upcycled "
+            f"{ours}. Give branches of one model, which compute the same with other weights."
+        )
+    ids = {id(parameter) for parameter in own.parameters()}
+    if any(id(parameter) in ids for parameter in branch.parameters()):
+        raise ValueError(
+            f"{label} is the model that is upcycled, or shares parameters with it. include_dense=True makes it an "
+            "expert; as a branch give a copy."
+        )
+
+
+def _first_difference(has: Mapping[str, Any], wants: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    for key in [*wants, *(key for key in has if key not in wants)]:
+        theirs, ours = has.get(key, "missing"), wants.get(key, "missing")
+        if theirs != ours:
+            return key, theirs, ours
+    return None
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    # What a model computes, beside its weights: the kind of each module with what it prints of itself (the epsilon of
+    # a norm, the variant of a GELU), and the configuration of a Hugging Face model.
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        if callable(to_dict) and (not name or "config" not in found):
+            found |= _computing(to_dict(), "config")
+        # which numbers are dropped in training changes nothing of what is computed
+        if not isinstance(module, nn.Dropout):
+            found[name] = f"{type(module).__name__}({module.extra_repr()})"
+    return found
+
+
+def _computing(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    # the entries of a configuration, nested ones too, without those that describe and do not compute
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in _DESCRIBING:
+            found |= _computing(value, f"{prefix}.{key}")
+        elif not (key.startswith(("_", "output_")) or key.endswith(("_token_id", "dropout")) or key in _DESCRIBING):
+            found[f"{prefix}.{key}"] = value
+    return found

@@ -7,6 +7,7 @@ import torch
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, randn
+from lightning_moe.routers import Router
 
 
 class DropInit(ExpertInit):
@@ -40,6 +41,10 @@ class DropInit(ExpertInit):
             raise ValueError(f"variant={variant!r}: wanted 'paper' or 'repo'.")
         self.ratio = ratio
         self.variant = variant
+
+    def step_zero(self, router: Router) -> tuple[bool, str]:
+        """Not the dense FFN, unless nothing is dropped."""
+        return (True, "every expert is a copy") if self.ratio == 0 else super().step_zero(router)
 
     @torch.no_grad()
     def __call__(

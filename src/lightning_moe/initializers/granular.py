@@ -4,8 +4,9 @@ import torch
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, gate_parameter
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, gate_parameter, weighs_groups_evenly
 from lightning_moe.routers import Router
+from lightning_moe.routers.base import check_whole
 
 
 class GranularInit(ExpertInit):
@@ -33,8 +34,7 @@ class GranularInit(ExpertInit):
     """
 
     def __init__(self, granularity: int = 2) -> None:
-        if granularity < 1:
-            raise ValueError(f"granularity={granularity}: wanted the number of shards, 1 or more.")
+        check_whole(granularity=granularity)
         self.granularity = granularity
 
     def expert_size(self, dense_size: int, num_experts: int, num_shared: int = 0) -> int:
@@ -67,7 +67,7 @@ class GranularInit(ExpertInit):
         G, top_k = self.granularity, getattr(router, "top_k", None)
         if top_k is None or top_k % G:
             return False, f"a token's top_k={top_k} experts are not whole copies of granularity={G} shards"
-        if not _chooses_whole_copies(router, G):
+        if not weighs_groups_evenly(router, G):
             return False, f"{type(router).__name__} does not choose the {G} shards of a copy together"
         return True, f"a token chooses whole copies of {G} shards"
 
@@ -85,25 +85,3 @@ class GranularInit(ExpertInit):
             copy_neurons(experts, expert, dense, slice(shard * size, (shard + 1) * size))
         if experts.down_proj_bias is not None:
             experts.down_proj_bias.data.div_(G)
-
-
-@torch.no_grad()
-def _chooses_whole_copies(router: Router, granularity: int) -> bool:
-    gate = next(router.parameters())
-    if gate.is_meta:
-        return True
-    x = torch.randn(64, router.hidden_size, generator=torch.Generator().manual_seed(0)).to(gate.device, gate.dtype)
-    was_training = router.training
-    try:
-        for training in (True, False):
-            with torch.random.fork_rng(devices=[]):
-                routing = router.train(training)(x)
-            table = routing.weights.new_zeros(64, router.num_experts // granularity, granularity)
-            rows = routing.token_ids * router.num_experts + routing.expert_ids
-            table.view(-1).index_add_(0, rows, routing.weights)
-            # up to a rounding of the gate's products
-            if not torch.allclose(table, table.mean(-1, keepdim=True).expand_as(table), rtol=1e-4, atol=1e-7):
-                return False
-    finally:
-        router.train(was_training)
-    return True

@@ -5,6 +5,7 @@ import torch
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, randn
+from lightning_moe.routers import Router
 from lightning_moe.routers.base import check_not_negative
 
 
@@ -25,7 +26,7 @@ class NoiseInit(ExpertInit):
         replace: whether the noise takes the place of an entry or is added to it.
 
     Raises:
-        ValueError: if ``std`` is negative, or ``fraction`` not in (0, 1].
+        ValueError: if ``std`` is negative or not finite, or ``fraction`` not in (0, 1].
 
     Example:
         >>> NoiseInit(std=0.02, fraction=0.5, replace=True).fraction
@@ -39,6 +40,10 @@ class NoiseInit(ExpertInit):
         self.std = std
         self.fraction = fraction
         self.replace = replace
+
+    def step_zero(self, router: Router) -> tuple[bool, str]:
+        """Not the dense FFN, unless the noise is none."""
+        return (True, "every expert is a copy") if self.std == 0 and not self.replace else super().step_zero(router)
 
     @torch.no_grad()
     def __call__(

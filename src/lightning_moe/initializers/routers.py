@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_moe.initializers.base import gate_parameter, randn
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_positive
+from lightning_moe.routers.base import check_positive, check_whole
 
 Inputs = Sequence[Float[Tensor, "_ D"]]
 
@@ -28,6 +28,9 @@ class RouterInit(ABC):
 
     needs_inputs: ClassVar[bool] = False
     """Looks at hidden states of a calibration batch, see `upcycle`."""
+
+    needs_domains: ClassVar[bool] = False
+    """Takes each calibration batch for a domain: they are chosen, not drawn from the training data."""
 
     @abstractmethod
     def rows(
@@ -72,7 +75,7 @@ class NormalRouterInit(RouterInit):
     """
 
     def __init__(self, std: float = 0.02) -> None:
-        if std <= 0:
+        if not 0 < std < math.inf:
             raise ValueError(f"std={std}: wanted a number > 0. For rows of zeros take ZeroRouterInit.")
         self.std = std
 
@@ -142,7 +145,10 @@ class OrthogonalRouterInit(RouterInit):
     ) -> Float[Tensor, "E D"]:
         """Draws normal rows and makes them orthogonal."""
         if num_experts > hidden_size:
-            raise ValueError(f"{num_experts} experts cannot have orthogonal rows of {hidden_size} numbers.")
+            raise ValueError(
+                f"OrthogonalRouterInit: {num_experts} experts cannot have orthogonal rows of {hidden_size} numbers. "
+                f"Take at most {hidden_size} experts, or NormalRouterInit."
+            )
         drawn = randn((hidden_size, num_experts), generator, torch.zeros(()))
         columns: Tensor = torch.linalg.qr(drawn).Q
         return columns.t() * self.std * math.sqrt(hidden_size)
@@ -161,7 +167,8 @@ class CentroidRouterInit(RouterInit):
         std: the rows are as long as those of ``N(0, std^2)`` are on average.
 
     Raises:
-        ValueError: if ``std`` is not above 0; at `upcycle`, if there are not as many batches as experts.
+        ValueError: if ``std`` is not above 0; at `upcycle`, if there are not as many batches as experts, or two of
+            them are alike.
 
     Example:
         >>> inputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
@@ -171,6 +178,7 @@ class CentroidRouterInit(RouterInit):
     """
 
     needs_inputs = True
+    needs_domains = True
 
     def __init__(self, std: float = 0.02) -> None:
         check_positive(std=std)
@@ -187,6 +195,7 @@ class CentroidRouterInit(RouterInit):
                 "each expert."
             )
         means = torch.stack([F.normalize(domain.float(), dim=1).mean(0) for domain in inputs])
+        _check_distinct(means)
         return _scaled(means - means.mean(0), self.std)
 
 
@@ -212,7 +221,8 @@ class KMeansRouterInit(RouterInit):
     needs_inputs = True
 
     def __init__(self, std: float = 0.02, num_iterations: int = 10) -> None:
-        check_positive(std=std, num_iterations=num_iterations)
+        check_positive(std=std)
+        check_whole(num_iterations=num_iterations)
         self.std = std
         self.num_iterations = num_iterations
 
@@ -232,6 +242,17 @@ class KMeansRouterInit(RouterInit):
             # a centre without a point stays where it is
             centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
         return _scaled(centres - points.mean(0), self.std)
+
+
+def _check_distinct(means: Float[Tensor, "E D"]) -> None:
+    # experts with equal rows tie for every token; a row that is the mean of all points nowhere
+    apart = torch.cdist(means, means).fill_diagonal_(math.inf)
+    if len(means) > 1 and bool(apart.min() < 1e-5):
+        one, other = divmod(int(apart.argmin()), len(means))
+        raise ValueError(
+            f"CentroidRouterInit: calibration batches {one} and {other} have the same mean hidden state, so their "
+            "experts would have equal rows. Give each expert text of a domain of its own."
+        )
 
 
 def _scaled(rows: Float[Tensor, "E D"], std: float) -> Float[Tensor, "E D"]:

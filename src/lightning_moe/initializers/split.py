@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
-from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
+from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, weighs_groups_evenly
 from lightning_moe.routers import Router
+from lightning_moe.routers.base import check_whole
 from lightning_moe.routers.base_layer import assign_evenly
 
 _METHODS = ("random", "kmeans", "activation", "gradient")
@@ -29,7 +30,7 @@ class SplitInit(ExpertInit):
     All E + S experts are then equally wide.
 
     The experts of a token are multiplied by E / K, which keeps the size of the output. What the token's other neurons
-    would have computed is missing: step 0 is not the dense model unless K = E.
+    would have computed is missing: step 0 is not the dense model, unless a token has all experts, with equal weights.
 
     Reference: Zhu et al., *LLaMA-MoE*, 2024, https://arxiv.org/abs/2406.16554, where the random split is reported best
     after training, and whose "sharing inter" keeps the most important neurons in a residual expert; Zhang et al.,
@@ -41,8 +42,9 @@ class SplitInit(ExpertInit):
         num_iterations: iterations of k-means.
 
     Raises:
-        ValueError: if the method is not known; at `upcycle`, if the number of experts, shared ones included, does not
-            divide the FFN's width.
+        ValueError: if the method is not known, or ``num_iterations`` is below 1; at `upcycle`, if the number of
+            experts, shared ones included, does not divide the FFN's width, or if the loss on the calibration batches
+            is no finite number.
 
     Example:
         >>> SplitInit().expert_size(1536, num_experts=8)
@@ -54,6 +56,7 @@ class SplitInit(ExpertInit):
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method={method!r}: wanted one of {', '.join(_METHODS)}.")
+        check_whole(num_iterations=num_iterations)
         self.method = method
         self.num_iterations = num_iterations
 
@@ -71,7 +74,10 @@ class SplitInit(ExpertInit):
         """The dense width, shared out."""
         if dense_size % (num_experts + num_shared):
             what = f"num_experts={num_experts}" + (f" and {num_shared} shared, together," if num_shared else "")
-            raise ValueError(f"{what} does not divide the FFN's width, {dense_size}.")
+            raise ValueError(
+                f"{what} does not divide the FFN's width, {dense_size}; take numbers whose sum does, or DropInit, "
+                "which shares nothing out."
+            )
         return dense_size // (num_experts + num_shared)
 
     def shared_size(self, dense_size: int, num_experts: int, num_shared: int) -> int:
@@ -83,8 +89,13 @@ class SplitInit(ExpertInit):
         return num_experts / weights_sum, 1.0
 
     def step_zero(self, router: Router) -> tuple[bool, str]:
-        """Every expert has neurons of its own, so all of them are needed."""
-        return False, "each expert has a part of the dense FFN's neurons, and a token has not all experts"
+        """Every expert has neurons of its own: all of them are needed, with equal weights."""
+        parts = "each expert has a part of the dense FFN's neurons"
+        if router.experts_per_token < router.num_experts or router.uses_token_ids:
+            return False, f"{parts}, and a token has not all experts"
+        if not weighs_groups_evenly(router, router.num_experts):
+            return False, f"{parts}, and {type(router).__name__} does not weigh them equally"
+        return True, f"{parts}, a token has all of them, with equal weights,"
 
     @torch.no_grad()
     def __call__(
