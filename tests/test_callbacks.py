@@ -40,7 +40,9 @@ from torch.utils.data import DataLoader
 
 from lightning_moe import (
     BalanceLossCallback,
+    CentroidRouterInit,
     ExpertUtilizationCallback,
+    KMeansRouterInit,
     LoadBalancingLoss,
     LowRankInit,
     MoELayer,
@@ -315,15 +317,36 @@ def test_calibration_that_cannot_be_is_refused_in_words(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"ForeignModule has no forward .* module='net\.inner'"):
         trainer_of(tmp_path, [MoEUpcycleCallback(config, calibration=2)]).fit(module, loader(batches(2)))
     callback = MoEUpcycleCallback(config, module="net.inner", calibration=2)
-    with pytest.raises(MisconfigurationException, match=r"which there are only in fit\(\.\.\.\), or with a datamodule"):
-        trainer_of(tmp_path, [callback]).validate(module, loader(batches(2)))
+    with pytest.raises(MisconfigurationException, match=r"validate\(\.\.\.\) has none, nor was a checkpoint loaded"):
+        trainer_of(tmp_path, [callback]).validate(ForeignModule(), loader(batches(2)))
     with pytest.raises(MisconfigurationException, match="is a list of loaders"):
         trainer_of(tmp_path, [callback]).fit(module, [loader(batches(2)), loader(batches(2))])
-    with pytest.raises(ValueError, match="looks at hidden states"):
+    with pytest.raises(ValueError, match="looks at what passes through the model"):
         trainer_of(tmp_path, [MoEUpcycleCallback(config)]).fit(module, loader(batches(2)))
     with pytest.raises(ValueError, match="calibration=0"):
         MoEUpcycleCallback(config, calibration=0)
+    domains = small_config(num_experts=2, router_init=CentroidRouterInit())
+    with pytest.raises(ValueError, match="CentroidRouterInit takes each batch for a domain"):
+        MoEUpcycleCallback(domains, calibration=2)
     assert is_dense(module)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_checkpoint_needs_no_calibration(stage, tmp_path):
+    config = small_config(num_experts=4, init=SplitInit("activation"), router_init=KMeansRouterInit())
+
+    def callback():
+        return MoEUpcycleCallback(config, module="net.inner", calibration=2)
+
+    module, path = ForeignModule(), str(tmp_path / "trained.ckpt")
+    trainer = trainer_of(tmp_path, [callback()])
+    trainer.fit(module, loader(batches(3)))
+    trainer.save_checkpoint(path)
+    fresh = ForeignModule()
+    getattr(trainer_of(tmp_path, [callback()]), stage)(fresh, loader(batches(2)), ckpt_path=path)
+    trained, loaded = module.state_dict(), fresh.state_dict()
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(trained[key], loaded[key]) for key in trained)
 
 
 def test_a_datamodule_has_training_batches_in_every_stage(tmp_path):

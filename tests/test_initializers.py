@@ -44,8 +44,8 @@ from lightning_moe import (
     upcycle,
 )
 from lightning_moe.calibration import calibrate, check_batches
+from lightning_moe.checks import check_whole
 from lightning_moe.initializers.split import balanced_kmeans
-from lightning_moe.routers.base import check_whole
 
 E = 8
 PROMISE = 1e-5

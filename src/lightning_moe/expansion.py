@@ -11,13 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_moe.calibration import Batch, as_labels, check_batches, difference, evaluating, outputs
+from lightning_moe.checks import check_choice, check_not_negative, check_whole
 from lightning_moe.experts import Experts
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.planning import layer_seed
 from lightning_moe.receipt import Expansion, num_parameters
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_choice, check_not_negative, check_whole, init_arguments
+from lightning_moe.routers.base import init_arguments
 
 # tokens of random hidden states on which routers before and after are compared: a few kB
 _PROBE = 256

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_positive, check_whole
 from lightning_moe.experts import Dispatched, Experts, combine, dispatch, grouped_linear
-from lightning_moe.routers.base import check_positive, check_whole
 from lightning_moe.routing import Routing
 
 

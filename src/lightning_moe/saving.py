@@ -6,6 +6,7 @@ checkpoint.
 """
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,41 @@ def _config_of(
     )
 
 
+def unfilled(config: UpcycleConfig) -> UpcycleConfig:
+    """The same layers, for a checkpoint to fill: no calibration batch is looked at, and the experts are zeros."""
+    router_init = None if config.router_init is not None and config.router_init.needs_inputs else config.router_init
+    return replace(config, init=_Unfilled(config.init or CopyInit()), router_init=router_init)
+
+
+class _Unfilled(ExpertInit):
+    # kind and widths of the experts alone
+    copies_dense = True
+
+    def __init__(self, init: ExpertInit) -> None:
+        self.init = init
+
+    def expert_size(self, dense_size: int, num_experts: int, num_shared: int = 0) -> int:
+        return self.init.expert_size(dense_size, num_experts, num_shared)
+
+    def shared_size(self, dense_size: int, num_experts: int, num_shared: int) -> int:
+        return self.init.shared_size(dense_size, num_experts, num_shared)
+
+    def new_experts(self, num_experts: int, expert_size: int, dense: FFNWeights) -> Experts:
+        return self.init.new_experts(num_experts, expert_size, dense)
+
+    @torch.no_grad()
+    def __call__(
+        self, experts: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None = None
+    ) -> None:
+        for parameter in experts.parameters(recurse=False):
+            parameter.zero_()
+
+    def fill_shared(
+        self, shared: Experts, dense: FFNWeights, generator: torch.Generator, states: FFNStates | None
+    ) -> None:
+        self(shared, dense, generator, states)
+
+
 class _AsSaved(ExpertInit):
     # what will be loaded takes the place of every weight: only kind and widths of the experts count
     copies_dense = True
@@ -183,7 +219,10 @@ def save_moe(
 
 
 def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
-    """Loads what `save_moe` wrote, in evaluation mode.
+    """Loads what `save_moe` wrote, in evaluation mode, as transformers' ``from_pretrained``: call ``.train()`` to train.
+
+    Every parameter trains, but for the FFN that low-rank experts share: what had been frozen is to be frozen again. In
+    evaluation mode capacities and a router's noise are off; `MoEUpcycleCallback` sets its layers to training itself.
 
     Args:
         path: the directory.

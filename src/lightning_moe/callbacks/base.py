@@ -60,6 +60,13 @@ def set_loss_scale(
         loss.register_hook(write)
 
 
+def has_training_batches(trainer: Any) -> bool:
+    """Whether there is training data to take batches of: in ``fit``, or with a datamodule."""
+    if trainer.state.fn == "fit":
+        return bool(trainer.fit_loop._data_source.is_defined())
+    return trainer.datamodule is not None
+
+
 def training_batches(trainer: Any, number: int) -> list[Any]:
     """Takes the first batches of the training data, rank 0's; the order that the Trainer draws stays the same.
 
@@ -69,7 +76,7 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
     """
     fitting = trainer.state.fn == "fit"
     source = trainer.fit_loop._data_source if fitting else trainer.datamodule
-    if source is None or (fitting and not source.is_defined()):
+    if not has_training_batches(trainer):
         raise MisconfigurationException(
             f"calibration={number} takes batches of the training data, which there are only in fit(...), or with a "
             "datamodule. Give the batches themselves, or call upcycle(model, config, calibration=[batch, ...]) before."

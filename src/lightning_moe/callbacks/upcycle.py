@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_moe.calibration import Batch, looks_at_states
+from lightning_moe.calibration import Batch, check_batches, looks_at_states
 from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.base import (
     callbacks_of,
+    has_training_batches,
     random_state,
     set_random_state,
     training_batches,
@@ -29,7 +30,7 @@ from lightning_moe.ffn_search import find_ffns
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.receipt import Receipt
-from lightning_moe.saving import moe_recipe
+from lightning_moe.saving import moe_recipe, unfilled
 from lightning_moe.upcycle import upcycle
 
 CHECKPOINT_KEY = "lightning_moe"
@@ -56,7 +57,8 @@ class MoEUpcycleCallback(Callback):
             as keyword arguments, of a tuple the first entry.
 
     Raises:
-        ValueError: if ``calibration`` is a number below 1.
+        TypeError: if ``calibration`` is neither a number nor a list of batches.
+        ValueError: if ``calibration`` is a number below 1, or one where each batch is to be a domain.
         MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
             if there are no training batches to calibrate with, or if another callback has copied the dense module
             before.
@@ -80,8 +82,16 @@ class MoEUpcycleCallback(Callback):
         self.balance_losses = balance_losses
         self.log_utilization = log_utilization
         self.module = module
-        if isinstance(calibration, int) and calibration < 1:
-            raise ValueError(f"calibration={calibration}: wanted a number of batches, 1 or more, or the batches.")
+        if isinstance(calibration, int):
+            if calibration < 1:
+                raise ValueError(f"calibration={calibration}: wanted a number of batches, 1 or more, or the batches.")
+            if config.router_init is not None and config.router_init.needs_domains:
+                raise ValueError(
+                    f"calibration={calibration}: {type(config.router_init).__name__} takes each batch for a domain, "
+                    "and batches of the training data are none. Give a list of batches, one for each expert."
+                )
+        else:
+            check_batches("calibration", calibration)
         self.calibration = calibration
         self.receipt: Receipt | None = None
         self._receipt_written = False
@@ -91,6 +101,7 @@ class MoEUpcycleCallback(Callback):
         self._parts_state: dict[str, Any] = {}
         self._random_state: dict[str, Any] | None = None
         self._unchecked: dict[str, MoELayer] = {}
+        self._unfilled = False
 
     @property
     def state_key(self) -> str:
@@ -156,7 +167,21 @@ class MoEUpcycleCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the receipt of a model that was upcycled in an earlier run."""
+        # with strict loading, which is the default, all weights come from it
+        self._unfilled = self._unfilled and not pl_module.strict_loading
         self._saved_receipt = checkpoint.get(CHECKPOINT_KEY, {}).get("receipts", {}).get(self.module or "")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes sure that the experts have weights."""
+        self._require_weights(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes sure that the experts have weights."""
+        self._require_weights(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes sure that the experts have weights."""
+        self._require_weights(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random generators, which Lightning does not save.
@@ -233,14 +258,32 @@ class MoEUpcycleCallback(Callback):
             rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
             return
         self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
-        self.receipt = upcycle(target, self.config, calibration=self._calibration(trainer, target))
+        if self._needs_training_batches() and trainer.state.fn != "fit" and not has_training_batches(trainer):
+            # a checkpoint may hold all of it; whether there is one is known only when it is loaded
+            upcycle(target, unfilled(self.config))
+            self._unfilled = True
+        else:
+            self.receipt = upcycle(target, self.config, calibration=self._calibration(trainer, target))
+            rank_zero_info(str(self.receipt))
         self._receipt_written = False
         for name, layer in moe_layers(pl_module).items():
             layer.name = name
-        rank_zero_info(str(self.receipt))
+
+    def _needs_training_batches(self) -> bool:
+        looks = looks_at_states(self.config.init) or looks_at_states(self.config.router_init)
+        return looks and isinstance(self.calibration, int)
+
+    def _require_weights(self, trainer: Trainer) -> None:
+        if self._unfilled:
+            stage = trainer.state.fn.value if trainer.state.fn else "this"
+            raise MisconfigurationException(
+                f"calibration={self.calibration} takes batches of the training data, and {stage}(...) has "
+                "none, nor was a checkpoint loaded: the experts are zeros. Give ckpt_path=, a datamodule, or the "
+                "batches themselves."
+            )
 
     def _calibration(self, trainer: Trainer, target: nn.Module) -> Sequence[Batch] | None:
-        if not any(looks_at_states(part) for part in (self.config.init, self.config.router_init)):
+        if not (looks_at_states(self.config.init) or looks_at_states(self.config.router_init)):
             return None
         if self.calibration is not None and type(target).forward is LightningModule.forward:
             inner = next((name for name, part in target.named_modules() if hasattr(part, "from_pretrained")), "model")

@@ -42,6 +42,8 @@ class BranchTrainMixInit(ExpertInit):
     Reference: Sukhbaatar et al., *Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM*, 2024, section
     3.2, https://arxiv.org/abs/2403.07816, where the model that the branches began with is an expert too.
 
+    A run that is resumed builds the model again before it loads the checkpoint, and so needs the branches again.
+
     Args:
         models: the branches: of a Hugging Face model names on the Hub or paths, of any model the modules themselves,
             which are only read.

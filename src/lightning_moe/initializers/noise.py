@@ -2,11 +2,11 @@
 
 import torch
 
+from lightning_moe.checks import check_not_negative
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, randn
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_not_negative
 
 
 class NoiseInit(ExpertInit):

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_positive, check_whole
 from lightning_moe.initializers.base import gate_parameter, randn
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_positive, check_whole
 
 Inputs = Sequence[Float[Tensor, "_ D"]]
 

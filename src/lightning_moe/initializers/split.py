@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_whole
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons, weighs_groups_evenly
 from lightning_moe.routers import Router
-from lightning_moe.routers.base import check_whole
 from lightning_moe.routers.base_layer import assign_evenly
 
 _METHODS = ("random", "kmeans", "activation", "gradient")

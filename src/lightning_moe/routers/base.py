@@ -3,7 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_choice
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
@@ -170,37 +171,11 @@ def gate_logits(x: Float[Tensor, "T D"], gate: Float[Tensor, "E D"]) -> Float[Te
 def check_top_k(top_k: int, num_experts: int) -> None:
     """Raises if a token cannot choose ``top_k`` of ``num_experts``."""
     if not 1 <= top_k <= num_experts:
+        more = f", or num_experts to {top_k} or more" if top_k > num_experts else ""
         raise ValueError(
             f"top_k={top_k} with num_experts={num_experts}: a token chooses at least 1 and at most all of the experts. "
-            f"Set top_k between 1 and {num_experts}, or num_experts to {top_k} or more."
+            f"Set top_k between 1 and {num_experts}{more}."
         )
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raises if ``value`` is none of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}.")
-
-
-def check_not_negative(**numbers: int | float) -> None:
-    """Raises if one of the numbers, given under its argument's name, is below 0 or not finite."""
-    for name, value in numbers.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value}: wanted a number >= 0.")
-
-
-def check_positive(**numbers: int | float) -> None:
-    """Raises if one of the numbers, given under its argument's name, is not above 0 or not finite."""
-    for name, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value}: wanted a number > 0.")
-
-
-def check_whole(**numbers: object) -> None:
-    """Raises if one of the numbers, given under its argument's name, is no whole number of 1 or more."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: wanted a whole number, 1 or more.")
 
 
 def unit_sum(weights: Float[Tensor, "T K"], normalize: Normalize) -> Float[Tensor, "T K"]:

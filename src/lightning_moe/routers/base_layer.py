@@ -4,16 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_moe.checks import check_not_negative, check_positive
 from lightning_moe.losses import BalanceLoss
-from lightning_moe.routers.base import (
-    Normalize,
-    TokenChoiceRouter,
-    check_not_negative,
-    check_positive,
-    gate_logits,
-    token_choice,
-    unit_sum,
-)
+from lightning_moe.routers.base import Normalize, TokenChoiceRouter, gate_logits, token_choice, unit_sum
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

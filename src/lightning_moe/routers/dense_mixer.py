@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_not_negative
 from lightning_moe.routers.base import (
     Normalize,
     TokenChoiceRouter,
-    check_not_negative,
     gate_logits,
     straight_through,
     token_choice,

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_not_negative, check_positive
 from lightning_moe.losses import BalanceLoss, ZLoss
-from lightning_moe.routers.base import Router, check_not_negative, check_positive, gate_logits
+from lightning_moe.routers.base import Router, gate_logits
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_not_negative
 from lightning_moe.losses import BalanceLoss, ImportanceLoss, LoadLoss
-from lightning_moe.routers.base import TokenChoiceRouter, check_not_negative, gate_logits, token_choice
+from lightning_moe.routers.base import TokenChoiceRouter, gate_logits, token_choice
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

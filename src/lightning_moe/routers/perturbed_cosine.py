@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_moe.checks import check_positive
 from lightning_moe.routers.base import (
     Normalize,
     TokenChoiceRouter,
     bounded_scale,
-    check_positive,
     cosine_similarity,
     softmax_top_k,
 )

@@ -5,12 +5,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_choice, check_not_negative
 from lightning_moe.losses import AdaptiveL1Loss, BalanceLoss
 from lightning_moe.routers.base import (
     Normalize,
     Router,
-    check_choice,
-    check_not_negative,
     check_top_k,
     gate_logits,
     unit_sum,

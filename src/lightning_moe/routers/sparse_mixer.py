@@ -5,14 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.routers.base import (
-    Router,
-    check_not_negative,
-    check_top_k,
-    gate_logits,
-    straight_through,
-    token_choice,
-)
+from lightning_moe.checks import check_not_negative
+from lightning_moe.routers.base import Router, check_top_k, gate_logits, straight_through, token_choice
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

@@ -5,14 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.routers.base import (
-    Normalize,
-    TokenChoiceRouter,
-    check_not_negative,
-    gate_logits,
-    token_choice,
-    unit_sum,
-)
+from lightning_moe.checks import check_not_negative
+from lightning_moe.routers.base import Normalize, TokenChoiceRouter, gate_logits, token_choice, unit_sum
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

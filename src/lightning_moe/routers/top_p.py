@@ -7,16 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moe.checks import check_choice, check_not_negative
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, TokenEntropyLoss
-from lightning_moe.routers.base import (
-    Normalize,
-    Router,
-    check_choice,
-    check_not_negative,
-    gate_logits,
-    unit_sum,
-    variable_choice,
-)
+from lightning_moe.routers.base import Normalize, Router, gate_logits, unit_sum, variable_choice
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

@@ -4,13 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_moe.routers.base import (
-    Normalize,
-    TokenChoiceRouter,
-    check_positive,
-    cosine_similarity,
-    softmax_top_k,
-)
+from lightning_moe.checks import check_positive
+from lightning_moe.routers.base import Normalize, TokenChoiceRouter, cosine_similarity, softmax_top_k
 from lightning_moe.routing import Routing
 from lightning_moe.tokens import Tokens
 

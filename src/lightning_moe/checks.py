@@ -1,0 +1,31 @@
+"""Checks of arguments: each raises one error that names the argument, its value and what was wanted."""
+
+import math
+from collections.abc import Sequence
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises if ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: wanted one of {', '.join(map(repr, choices))}.")
+
+
+def check_not_negative(**numbers: int | float) -> None:
+    """Raises if one of the numbers, given under its argument's name, is below 0 or not finite."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: wanted a number >= 0.")
+
+
+def check_positive(**numbers: int | float) -> None:
+    """Raises if one of the numbers, given under its argument's name, is not above 0 or not finite."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: wanted a number > 0.")
+
+
+def check_whole(**numbers: object) -> None:
+    """Raises if one of the numbers, given under its argument's name, is no whole number of 1 or more."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: wanted a whole number, 1 or more.")
