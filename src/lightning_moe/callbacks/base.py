@@ -6,7 +6,8 @@ strategy does to it later, as DeepSpeed).
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.routing import Routing, observe_routing
 
 
 def require_moe_layers(callback: Callback, pl_module: LightningModule) -> dict[str, MoELayer]:
@@ -32,6 +34,53 @@ def require_moe_layers(callback: Callback, pl_module: LightningModule) -> dict[s
             "MoEUpcycleCallback(UpcycleConfig(...)) before this callback in the Trainer's list."
         )
     return layers
+
+
+class RoutingCallback(Callback, ABC):
+    """Sees each routing of its layers while a training batch runs; not in validation, nor that of another model.
+
+    A subclass fills ``_layers`` when the fit starts, and says in ``_count`` what to make of a routing.
+    """
+
+    def __init__(self) -> None:
+        # by the name under which a layer records
+        self._layers: dict[str, MoELayer] = {}
+        self._stop: Callable[[], None] | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begins to count."""
+        self._end_observation()
+        if self._layers:
+            self._stop = observe_routing(self._observe)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops counting."""
+        self._end_observation()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops counting."""
+        self._end_observation()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops counting."""
+        self._end_observation()
+
+    @abstractmethod
+    def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
+        """Takes what one forward of one layer decided; without gradients."""
+
+    @torch.no_grad()
+    def _observe(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
+        # another model may run in the same process
+        if name in self._layers:
+            self._count(name, routing, losses)
+
+    def _end_observation(self) -> None:
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
 
 
 def set_loss_scale(

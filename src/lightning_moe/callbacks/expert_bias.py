@@ -1,21 +1,20 @@
 """Balances experts without a loss, in any Trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import require_moe_layers
-from lightning_moe.layer import MoELayer
+from lightning_moe.callbacks.base import RoutingCallback, require_moe_layers
 from lightning_moe.losses.base import sum_over_ranks
-from lightning_moe.routing import MoEWarning, Routing, choice_load, observe_routing
+from lightning_moe.routing import MoEWarning, Routing, choice_load
 
 
-class ExpertBiasCallback(Callback):
+class ExpertBiasCallback(RoutingCallback):
     """Tells the routers that balance by a bias, as `LossFreeRouter`, how the experts were used.
 
     Once per optimizer step each router gets the number of assignments of each expert since the last one, counted from
@@ -34,10 +33,9 @@ class ExpertBiasCallback(Callback):
     """
 
     def __init__(self, *, warn: bool = True) -> None:
+        super().__init__()
         self.warn = warn
-        self._layers: dict[str, MoELayer] = {}
         self._load: dict[str, Tensor] = {}
-        self._stop: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the routers."""
@@ -50,18 +48,6 @@ class ExpertBiasCallback(Callback):
                 "leave the callback out.",
                 category=MoEWarning,
             )
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins to count."""
-        self._end_observation()
-        if self._layers:
-            self._stop = observe_routing(self._count)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stops counting."""
-        self._end_observation()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -90,22 +76,6 @@ class ExpertBiasCallback(Callback):
         if trainer.is_global_zero:
             self._load = {name: load.to(pl_module.device) for name, load in restored.items() if name in self._layers}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops counting."""
-        self._end_observation()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stops counting."""
-        self._end_observation()
-
-    def _end_observation(self) -> None:
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
-
-    @torch.no_grad()
     def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
-        # validation inside a training batch does not happen; another model in the same process may
-        if name in self._layers:
-            load = choice_load(routing).double()
-            self._load[name] = self._load[name] + load if name in self._load else load
+        load = choice_load(routing).double()
+        self._load[name] = self._load[name] + load if name in self._load else load

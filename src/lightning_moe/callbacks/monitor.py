@@ -1,23 +1,22 @@
 """Shows in the Trainer's loggers how the experts are used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_moe.callbacks.base import require_moe_layers
+from lightning_moe.callbacks.base import RoutingCallback, require_moe_layers
 from lightning_moe.callbacks.heatmap import load_heatmap
-from lightning_moe.layer import MoELayer
 from lightning_moe.metrics import load_entropy, max_violation, num_dead_experts, token_entropy
-from lightning_moe.routing import MoEWarning, Routing, expert_load, observe_routing
+from lightning_moe.routing import MoEWarning, Routing, expert_load
 
 _MAX_LAYER_SCALARS = 64
 
 
-class ExpertUtilizationCallback(Callback):
+class ExpertUtilizationCallback(RoutingCallback):
     """Logs how the experts are used, in training.
 
     Everything is counted from selections, once per token, padding left out, over all ranks and over all steps since the
@@ -42,16 +41,15 @@ class ExpertUtilizationCallback(Callback):
     def __init__(self, *, per_layer: bool = True, images_every_n_logs: int = 10) -> None:
         if images_every_n_logs < 0:
             raise ValueError(f"images_every_n_logs={images_every_n_logs}: wanted 0 (off) or more.")
+        super().__init__()
         self.per_layer = per_layer
         self.images_every_n_logs = images_every_n_logs
-        self._layers: dict[str, MoELayer] = {}
         self._load: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._num_logs = 0
         self._last_step = -1
         self._last_load: Tensor | None = None
         self._last_drawn = -1
-        self._stop: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares the counters."""
@@ -64,16 +62,11 @@ class ExpertUtilizationCallback(Callback):
                 category=MoEWarning,
             )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins to count."""
-        self._end_observation()
-        self._stop = observe_routing(self._count)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops counting and logs, if it is time."""
-        self._end_observation()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         loop = trainer.fit_loop.epoch_loop
         # with accumulation, the last micro-batch of a step, when Lightning writes its own logs too
         if trainer._logger_connector.should_update_logs and not loop._should_accumulate():
@@ -84,14 +77,6 @@ class ExpertUtilizationCallback(Callback):
         """Draws the last load once more, so that the final picture is never missing."""
         if self._last_load is not None and self.images_every_n_logs and self._last_drawn != self._last_step:
             self._draw(trainer, self._last_load, self._last_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops counting."""
-        self._end_observation()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stops counting."""
-        self._end_observation()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts since the last log. With several ranks the checkpoint holds those of rank 0."""
@@ -125,15 +110,7 @@ class ExpertUtilizationCallback(Callback):
     def _reset(self) -> None:
         self._load, self._sums = {}, {}
 
-    def _end_observation(self) -> None:
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
-
-    @torch.no_grad()
     def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
-        if name not in self._layers:
-            return  # another model in the same process
         total, tokens = token_entropy(routing)
         values = [torch.ones_like(total), total, tokens, *losses.values()]
         sums = torch.stack([value.detach().double() for value in values])
