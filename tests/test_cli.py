@@ -317,6 +317,95 @@ def test_typos_are_answered_briefly(cli, capsys, name):
     assert len(explained(cli, capsys, change=TYPOS[name][0]).splitlines()) <= 8
 
 
+INIT = "trainer.callbacks.config.init"
+CONFIG = [*CALLBACK, "config"]
+
+
+def setting(*path, **values):
+    """A change that sets keys at one place."""
+
+    def change(config):
+        for part in path:
+            config = config[part]
+        config.update(copy.deepcopy(values))
+
+    return change
+
+
+def of(class_path, **init_args):
+    return {"class_path": class_path, "init_args": init_args}
+
+
+MISPLACED = {
+    "key of another class, like one here": (
+        setting(*CONFIG, init=of("DropInit", rate=0.5)),
+        [f"{INIT}: Option 'rate'", "Did you mean 'ratio'?"],
+    ),
+    "initialiser of the router": (
+        setting(*CONFIG, init=of("KMeansRouterInit")),
+        [f"{INIT}: ", "'KMeansRouterInit' belongs under 'router_init'", "Known here: CopyInit, NoiseInit"],
+    ),
+    "initialiser of the router, by its path": (
+        setting(*CONFIG, init=of("lightning_moe.KMeansRouterInit")),
+        [f"{INIT}: ", "'KMeansRouterInit' belongs under 'router_init'"],
+    ),
+    "loss as initialiser": (
+        setting(*CONFIG, init="ZLoss"),
+        ["'ZLoss' belongs under 'MoEUpcycleCallback.balance_losses'"],
+    ),
+    "initialiser as router": (setting(*CONFIG, router=of("DropInit")), ["'DropInit' belongs under 'init'"]),
+    "key from around the config": (
+        setting(*CONFIG, calibration=2),
+        ["trainer.callbacks: Group 'config'", "Did you mean 'calibration', outside 'config'?"],
+    ),
+    "key of the config beside it": (setting(*CALLBACK, num_experts=4), ["Did you mean 'config.num_experts'?"]),
+    "key of the router in the config": (
+        setting(*CONFIG, top_k=4),
+        ["'top_k' belongs to TopKRouter and others, under 'router'", "Known here: num_experts, router, init"],
+    ),
+    "key of the config in the trainer": (
+        setting("trainer", num_experts=4),
+        ["'num_experts' belongs to UpcycleConfig, under 'MoEUpcycleCallback.config'"],
+    ),
+    "key of the data in the model": (
+        setting("model", "init_args", data_files="corpus.txt"),
+        ["model: Option 'data_files'", "'data_files' belongs to TextDataModule, under 'data'", "Known here: model,"],
+    ),
+    "key of the trainer beside it": (setting(max_steps=1), ["Did you mean 'trainer.max_steps'?"]),
+    "a word from nowhere": (setting(*CONFIG, xyzzy=1), ["Known here: num_experts, router, init"]),
+    "a class from nowhere": (setting(*CONFIG, init="Xyzzy"), ["Known here: CopyInit", "as my_package.MyClass"]),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_word_in_the_wrong_place_is_sent_to_the_right_one(cli, capsys, name):
+    change, parts = MISPLACED[name]
+    message = explained(cli, capsys, change=change)
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) <= 5
+
+
+def test_an_option_of_the_config_is_none_of_the_program(cli, capsys):
+    message = explained(cli, capsys, "--num_experts", 4)
+    assert "'num_experts' belongs to UpcycleConfig, under 'MoEUpcycleCallback.config'" in message
+    assert "Did you mean" not in message
+    assert "Did you mean 'trainer.max_steps'?" in explained(cli, capsys, "--max_stpes", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (setting(*CONFIG, init=of("DropInit", ratio="half")), f"{INIT}.ratio: Expected a float"),
+        (setting(*CONFIG, router=of("TopKRouter", top_k="two")), "trainer.callbacks.config.router.top_k: Expected"),
+        (setting(*CONFIG, init=of("BranchTrainMixInit")), f"{INIT}: the following arguments are required: models"),
+        (setting(*CONFIG, num_experts="many"), "trainer.callbacks.config.num_experts: Expected"),
+        (setting(*CONFIG, init=of("BranchTrainMixInit", models=[False])), f"{INIT}.models: Expected one of str"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_with_its_whole_key(cli, capsys, change, message):
+    assert message in explained(cli, capsys, change=change)
+
+
 def test_an_unknown_verb_names_the_known(capsys):
     with pytest.raises(SystemExit):
         main(["fti"])

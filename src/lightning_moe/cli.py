@@ -18,7 +18,7 @@ from lightning_moe.callbacks import (
     ExpertUtilizationCallback,
     MoEUpcycleCallback,
 )
-from lightning_moe.cli_errors import explain, nearest, told_by
+from lightning_moe.cli_errors import config_error, nearest, told_by
 from lightning_moe.cli_upcycle import main as upcycle_main
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.data import TextDataModule
@@ -28,6 +28,7 @@ from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
 
 _CLASSES: tuple[type, ...] = (
+    UpcycleConfig,
     MoEModule,
     TextDataModule,
     MoEUpcycleCallback,
@@ -38,6 +39,7 @@ _CLASSES: tuple[type, ...] = (
     *INITIALIZERS,
     *ROUTER_INITIALIZERS,
     *BALANCE_LOSSES,
+    Trainer,
 )
 
 # what the `lightning` command of lightning-sdk does not have, or means the same by
@@ -49,7 +51,11 @@ class MoEArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with one clear message."""
-        text = explain(message, (*_CLASSES, UpcycleConfig, Trainer))
+        found = config_error(self, message, ex, _CLASSES)
+        if not self.exit_on_error:
+            # the parser of one class's arguments: the keys around it are known further out, and maybe other choices
+            raise found from ex
+        text = str(found)
         if verb := re.search(r"invalid choice: '([^']*)'", message):
             text = f"invalid choice: {verb[1]!r} (choose from {', '.join(_VERBS)})"
             if meant := nearest(verb[1], _VERBS):

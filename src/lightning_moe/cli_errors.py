@@ -1,38 +1,79 @@
-"""Short errors for the command line: what is wrong and what was probably meant, not every alternative."""
+"""Short errors for the command line: where, what is wrong, what was probably meant; not every alternative."""
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
 
-# What jsonargparse says of a name that it does not know, in its several places.
-_UNKNOWN = re.compile(
-    r"option '([^']+)'|Option '([^']+)' is not accepted|Expected a dot import path string: (\S+)"
-    r"|unrecognized arguments: --(\S+)"
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lightning_moe.config import UpcycleConfig
+from lightning_moe.initializers import ExpertInit, RouterInit
+from lightning_moe.losses import BalanceLoss
+from lightning_moe.routers import Router
+
+# each kind with the keys that take it
+_PLACES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (ExpertInit, ("init",)),
+    (RouterInit, ("router_init",)),
+    (Router, ("router",)),
+    (BalanceLoss, ("balance_losses", "losses")),
+    (UpcycleConfig, ("config",)),
+    (Callback, ("trainer.callbacks", "callbacks")),
+    (LightningModule, ("model",)),
+    (LightningDataModule, ("data",)),
+    (Trainer, ("trainer",)),
+)
+# a longer list tells less than --help
+_MAX_KNOWN = 12
+
+# What jsonargparse says of a name that it does not know, in its several places and versions.
+_UNKNOWN_KEY = re.compile(
+    r"(?:Validation failed: )?(?:(?:Group|Subcommand) '(?P<group>[^']+)' does not accept (?:option|nested key)"
+    r"|Option|Key|unrecognized arguments:) '?(?:--)?(?P<key>[\w.]+)",
+    re.IGNORECASE,
+)
+_UNKNOWN_CLASS = re.compile(
+    r"Expected a dot import path string: (?P<name>\S+)"
+    r"|(?P<wrong>Import path (?P<path>\S+) does not correspond to a subclass of \S+)"
+)
+_PROBLEM = re.compile(r"- (Problem with given class_path .*?)(?=\n *- |\n *Given value|\Z)", re.DOTALL)
+_UNION = re.compile(
+    r"Does not validate .*?Subtypes: \[(?P<kinds>.*?)\]\n *Errors:\n(?P<errors>.*)\n *Given value: (?P<value>.*)\Z",
+    re.DOTALL,
+)
+# the first alternative that says more than what kind of thing was expected
+_REASON = re.compile(
+    r"^ *- (?!Expected a |Not a valid subclass|Does not validate|a class path|a dict)(.+)", re.MULTILINE
 )
 
 
-def explain(message: str, known: Iterable[Callable[..., Any]]) -> str:
-    """Shortens a message of jsonargparse and adds the name that was probably meant.
+class ConfigError(ArgumentError):
+    """What is wrong with one key of a configuration, in words; raised through the parsers of the keys around it."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(None, f"{key}: {text}" if key else text)
+        self.key, self.text = key, text
+
+
+def config_error(parser: ArgumentParser, message: str, cause: Exception | None, known: Sequence[type]) -> ConfigError:
+    """Shortens an error of jsonargparse.
 
     Args:
+        parser: which has it: that of all options, or of the arguments of one class inside.
         message: as jsonargparse gives it.
-        known: the classes and functions whose names and arguments a user may write.
+        cause: what it comes from, if anything.
+        known: the classes whose names and arguments a user may write.
     """
-    # jsonargparse reports every alternative of a union; what the user meant is the one that names a class_path, or else
-    # the first that says more than what kind of thing was expected
-    place = message.splitlines()[0].rstrip(":")
-    problem = re.search(r"- (Problem with given class_path .*?)(?=\n    - |\n  Given value|\Z)", message, re.DOTALL)
-    unknown_class = re.search(r"- (Expected a dot import path string: \S+)", message)
-    found = problem or unknown_class
-    text = f"{place}: {found.group(1)}" if found else message
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if unknown := _UNKNOWN.search(text):
-        name = next(group for group in unknown.groups() if group).split("=")[0].rpartition(".")[2]
-        if meant := nearest(name, _names(known)):
-            lines.append(f"Did you mean {meant!r}?")
-    return "\n  ".join(lines)
+    place = re.match(r'Parser key "([^"]+)":?\s*', message)
+    key, text = (place[1], message[place.end() :]) if place else ("", message)
+    for inner in _causes(cause):
+        if isinstance(inner, ConfigError):
+            # the parser of a class inside knows best; the keys around it are here
+            return ConfigError(".".join(filter(None, (key, inner.key))), inner.text)
+    lines = [line.strip() for line in _explain(parser, key, text, known).splitlines() if line.strip()]
+    return ConfigError(key, re.sub(r"<class '([\w.]+)'>", r"\1", "\n  ".join(lines)))
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -48,13 +89,89 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return known[close[0]] if close else None
 
 
+def _explain(parser: ArgumentParser, key: str, text: str, known: Sequence[type]) -> str:
+    # of a union jsonargparse reports every alternative; what the user meant is the one that names a class_path, or else
+    # the first that says more than what kind of thing was expected
+    if problem := _PROBLEM.search(text):
+        return problem[1]
+    if unknown := _UNKNOWN_CLASS.search(text):
+        name = unknown["name"] or unknown["path"]
+        wrong = unknown["wrong"] or f"No class {name!r} is known here"
+        return f"{wrong}\n{_class_meant(name, key.rpartition('.')[2], known)}"
+    if union := _UNION.match(text):
+        reason = _REASON.search(union["errors"])
+        return reason[1] if reason else f"Expected one of {union['kinds']}. Got value: {union['value']}"
+    if not (found := _UNKNOWN_KEY.match(text)):
+        return text
+    group, name = found["group"] or "", found["key"]
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping) and group in action.choices:
+            # the verb's options are in a parser of its own
+            parser, group = action.choices[group], ""
+    group, _, name = f"{group}.{name}".lstrip(".").rpartition(".")
+    return f"{text}\n{_key_meant(name, group, [action.dest for action in parser._actions], known)}"
+
+
+def _key_meant(name: str, group: str, options: Sequence[str], known: Sequence[type]) -> str:
+    options = [option for option in options if option.rpartition(".")[2] != "help"]
+    inside = [option.removeprefix(f"{group}.") for option in options if option.startswith(f"{group}." if group else "")]
+    here = dict.fromkeys(option.partition(".")[0] for option in inside)
+    owners = [cls for cls in known if name in inspect.signature(cls).parameters]
+    lines = []
+    for places in (here, inside, options):
+        last = {option.rpartition(".")[2]: option for option in places}
+        # a word that is known elsewhere is no misspelling of an option far off
+        if meant := nearest(name, last if places is here or not owners else {name} & set(last)):
+            outside = f", outside {group!r}" if places is options else ""
+            lines.append(f"Did you mean {last[meant]!r}{outside}?")
+            break
+    if owners and meant != name:
+        others = " and others" if any(_kind(cls) is _kind(owners[0]) for cls in owners[1:]) else ""
+        lines.append(f"{name!r} belongs to {owners[0].__name__}{others}, under {_place(owners[0], known)!r}.")
+    if not lines:
+        arguments = {argument for cls in known for argument in inspect.signature(cls).parameters}
+        lines += [f"Did you mean {other!r}, elsewhere?" for other in [nearest(name, arguments)] if other]
+    return "\n".join(lines if meant else [*lines, _listed(here)])
+
+
+def _class_meant(name: str, key: str, known: Sequence[type]) -> str:
+    kind = next((kind for kind, keys in _PLACES if key in keys), object)
+    every, fitting = {cls.__name__: cls for cls in known}, [cls.__name__ for cls in known if issubclass(cls, kind)]
+    last = name.rpartition(".")[2]
+    if last in every and last not in fitting:
+        return f"{last!r} belongs under {_place(every[last], known)!r}.\n{_listed(fitting)}"
+    if meant := nearest(last, fitting):
+        return f"Did you mean {meant!r}?"
+    if elsewhere := nearest(last, every):
+        return f"Did you mean {elsewhere!r}? It belongs under {_place(every[elsewhere], known)!r}.\n{_listed(fitting)}"
+    if "." in name:
+        return _listed(fitting)
+    return f"{_listed(fitting)}\nA class of your own is named with its module, as my_package.MyClass."
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = tuple(names)
+    return f"Known here: {', '.join(names)}." if len(names) <= _MAX_KNOWN else ""
+
+
+def _kind(cls: type) -> type:
+    return next((kind for kind, _ in _PLACES if issubclass(cls, kind)), cls)
+
+
+def _place(cls: type, known: Sequence[type]) -> str:
+    place = next((keys[0] for kind, keys in _PLACES if issubclass(cls, kind)), cls.__name__)
+    # what the program has no option for is an argument of something else
+    around = [one.__name__ for one in known if issubclass(one, Callback) and place in inspect.signature(one).parameters]
+    return f"{around[0]}.{place}" if around else place
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def told_by(error: ValueError) -> str | None:
     """What a class said that refused its arguments, where jsonargparse wrapped it into the alternatives it tried."""
     found = re.search(r"Errors:\n\s+- (?!Expected a)(.+?)(?=\n\s+- |\n\s*Given value)", str(error), re.DOTALL)
     return found.group(1) if found else None
-
-
-def _names(known: Iterable[Callable[..., Any]]) -> set[str]:
-    known = tuple(known)
-    parameters = {parameter for one in known for parameter in inspect.signature(one).parameters}
-    return {one.__name__ for one in known} | parameters

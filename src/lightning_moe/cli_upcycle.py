@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
-# imported so that jsonargparse finds the classes by their short names
-from lightning_moe.cli_errors import explain, told_by
+from lightning_moe.cli_errors import config_error, told_by
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.module import load_model
@@ -23,6 +22,8 @@ from lightning_moe.receipt import Receipt
 from lightning_moe.routers import ROUTERS
 from lightning_moe.saving import CONFIG_FILE, save_moe
 from lightning_moe.upcycle import upcycle
+
+_CLASSES: tuple[type, ...] = (UpcycleConfig, *ROUTERS, *INITIALIZERS, *ROUTER_INITIALIZERS)
 
 _CALIBRATION_TOKENS = 1024
 # the outputs before and after are compared on these: their logits are all in memory
@@ -107,8 +108,10 @@ def main(args: Sequence[str]) -> None:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known: tuple[Any, ...] = (UpcycleConfig, upcycle_checkpoint, *ROUTERS, *INITIALIZERS, *ROUTER_INITIALIZERS)
-        sys.stderr.write(f"error: {explain(message, known)}\nFor all options: lightning-moe upcycle --help\n")
+        found = config_error(self, message, ex, _CLASSES)
+        if not self.exit_on_error:
+            raise found from ex
+        sys.stderr.write(f"error: {found}\nFor all options: lightning-moe upcycle --help\n")
         sys.exit(2)
 
 
