@@ -192,6 +192,7 @@ def test_a_dry_run_refuses_what_the_real_one_would(dense_path, capsys):
         (["--config.num_experts", "1"], "top_k=2 with num_experts=1"),
         (["--config.layers", "7"], "matches none of the model's 2 FFNs"),
         (["--config.init", "GranularInit", "--config.init.granularity", "0"], "granularity=0: wanted"),
+        (["--config.init", "DropInit", "--config.init.ratio", "3"], "config.init: ratio=3.0: wanted a number"),
         (["--config.init", "KMeansRouterInit"], "'KMeansRouterInit' belongs under 'router_init'"),
         (["--num_experts", "4"], "Did you mean 'config.num_experts'?"),
         (["--config.calibration", "x"], "Did you mean 'calibration_files', outside 'config'?"),
@@ -204,6 +205,18 @@ def test_mistakes_are_told_in_words_and_nothing_is_written(dense_path, tmp_path,
     given = ["--model", dense_path, "--output", tmp_path / "moe", "--config.num_experts", 4, *arguments]
     assert message in refused(capsys, *given)
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_bug_keeps_its_traceback(dense_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_moe.cli_upcycle.save_moe", lambda *args, **kwargs: int("a bug"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run("--model", dense_path, "--output", tmp_path / "moe", "--config.num_experts", 4)
+
+
+def test_a_traceback_can_be_asked_for(dense_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_MOE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="matches none of"):
+        run("--model", dense_path, "--output", tmp_path / "moe", "--config.num_experts", 4, "--config.layers", 7)
 
 
 def test_a_directory_that_holds_something_is_not_written_to(dense_path, tmp_path, capsys):

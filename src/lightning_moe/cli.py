@@ -18,7 +18,7 @@ from lightning_moe.callbacks import (
     ExpertUtilizationCallback,
     MoEUpcycleCallback,
 )
-from lightning_moe.cli_errors import config_error, nearest, told_by
+from lightning_moe.cli_errors import config_error, exit_if_refused, nearest, wants_traceback
 from lightning_moe.cli_upcycle import main as upcycle_main
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.data import TextDataModule
@@ -55,6 +55,8 @@ class MoEArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:
             # the parser of one class's arguments: the keys around it are known further out, and maybe other choices
             raise found from ex
+        if ex is not None and wants_traceback():
+            raise ex
         text = str(found)
         if verb := re.search(r"invalid choice: '([^']*)'", message):
             text = f"invalid choice: {verb[1]!r} (choose from {', '.join(_VERBS)})"
@@ -72,19 +74,16 @@ class MoECLI(LightningCLI):
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("seed_everything_default", 0)
         # LightningCLI knows the Trainer's verbs only
-        description = "Trains Mixture-of-Experts models. One more verb: lightning-moe upcycle --help"
+        description = (
+            "Trains Mixture-of-Experts models. One more verb: lightning-moe upcycle --help. What is refused is told in "
+            "one line; with LIGHTNING_MOE_TRACEBACK=1 in the environment, also where."
+        )
         kwargs["parser_kwargs"] = {"description": description, **kwargs.get("parser_kwargs", {})}
-        super().__init__(args=args, **kwargs)
-
-    def instantiate_classes(self) -> None:
-        """Makes the objects of the configuration; what one of them refuses is told in its own words."""
         try:
-            super().instantiate_classes()
-        except ValueError as error:
-            told = told_by(error)
-            if told is None:
-                raise
-            sys.exit(f"error: {told}")
+            super().__init__(args=args, **kwargs)
+        except Exception as error:
+            exit_if_refused(error, getattr(self, "config", None))
+            raise
 
 
 def main(args: ArgsType = None) -> None:

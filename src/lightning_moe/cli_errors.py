@@ -1,12 +1,19 @@
 """Short errors for the command line: where, what is wrong, what was probably meant; not every alternative."""
 
+import dis
 import inspect
+import os
 import re
+import sys
+import traceback
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from types import FrameType, TracebackType
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.initializers import ExpertInit, RouterInit
@@ -87,6 +94,27 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     known = {known.lower(): known for known in sorted(names)}
     close = get_close_matches(name.lower(), known, n=1)
     return known[close[0]] if close else None
+
+
+def exit_if_refused(error: Exception, config: Any) -> None:
+    """Ends the program with one line, if the error is a refusal of what the user asked for; else returns.
+
+    A refusal is raised on purpose, by this package or by the constructor of something that the configuration names, or
+    is Lightning's word for it, or the system's about a file. All else may be a bug, which only its traceback tells.
+
+    Args:
+        error: what ended the run.
+        config: what was parsed.
+    """
+    verb = getattr(config, "subcommand", None)
+    config = config if verb is None else config[verb]
+    if not wants_traceback() and (told := _told_by(error, config)) is not None:
+        sys.exit(f"error: {told}")
+
+
+def wants_traceback() -> bool:
+    """Whether the user asks for tracebacks of refusals too: LIGHTNING_MOE_TRACEBACK=1."""
+    return os.environ.get("LIGHTNING_MOE_TRACEBACK", "0") not in ("", "0")
 
 
 def _explain(parser: ArgumentParser, key: str, text: str, known: Sequence[type]) -> str:
@@ -171,7 +199,79 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def told_by(error: ValueError) -> str | None:
-    """What a class said that refused its arguments, where jsonargparse wrapped it into the alternatives it tried."""
-    found = re.search(r"Errors:\n\s+- (?!Expected a)(.+?)(?=\n\s+- |\n\s*Given value)", str(error), re.DOTALL)
-    return found.group(1) if found else None
+def _told_by(error: BaseException, config: Any) -> str | None:
+    # jsonargparse wraps what a class said into all the alternatives that it tried, and keeps the error of the first
+    first = error
+    while _package(first) == "jsonargparse" and first.__cause__ is not None:
+        first = first.__cause__
+    if _package(first) == "jsonargparse":
+        reason = _REASON.search(str(error))
+        return reason[1] if reason else None
+    error = first
+    if isinstance(error, OSError) and error.filename is not None:
+        return str(error)
+    if not _is_raised_on_purpose(error):
+        return None
+    causes = [frame for cause in _causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    place = next((place for frame in reversed(causes) if (place := _place_of(frame, config))), None)
+    ours = place is not None or _package(error) == "lightning_moe"
+    kinds = (MisconfigurationException, FileNotFoundError, *((ValueError, TypeError, OSError) if ours else ()))
+    if not isinstance(error, kinds):
+        return None
+    # some say it themselves
+    return str(error) if place is None or str(error).startswith(f"{place}=") else f"{place}: {error}"
+
+
+def _last(error: BaseException) -> TracebackType | None:
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    return step
+
+
+def _package(error: BaseException) -> str:
+    # whose code raised it
+    step = _last(error)
+    return "" if step is None else str(step.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _is_raised_on_purpose(error: BaseException) -> bool:
+    # by a `raise`, and not by an operation that failed, such as zip(strict=True) or a call with wrong arguments
+    step, cause = _last(error), error.__cause__
+    if step is None or step.tb_frame.f_code.co_code[step.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False
+    # what only adds where it was is no more on purpose than what it tells again
+    return cause is None or not str(error).endswith(str(cause)) or _is_raised_on_purpose(cause)
+
+
+def _place_of(frame: FrameType, config: Any) -> str | None:
+    # Where in the configuration the object is whose constructor this is: something of its class, or, for what needs no
+    # class_path, something with just its arguments; among several of a kind the one with these values.
+    if frame.f_code.co_name != "__init__" or "self" not in frame.f_locals:
+        return None
+    cls = type(frame.f_locals["self"])
+    given = {key: value for key, value in frame.f_locals.items() if isinstance(value, (int, float, str))}
+    found = [
+        (sum(key in given and given[key] == value for key, value in arguments.items()), place)
+        for place, name, arguments in _objects(config, "")
+        if (name or "").rpartition(".")[2] == cls.__name__
+        or (name is None and set(arguments) == set(inspect.signature(cls).parameters))
+    ]
+    return max(found, key=lambda match: match[0])[1] if found else None
+
+
+def _objects(node: Any, place: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    # each with its place, class_path and arguments
+    if isinstance(node, (list, tuple)):
+        for entry in node:
+            yield from _objects(entry, place)
+        return
+    arguments = dict(node if isinstance(node, Mapping) else getattr(node, "__dict__", {}))
+    name = arguments.get("class_path")
+    if name is not None:
+        inner = arguments.get("init_args") or {}
+        arguments = dict(inner if isinstance(inner, Mapping) else vars(inner))
+    if arguments and place:
+        yield place, name, arguments
+    for key, value in arguments.items():
+        yield from _objects(value, f"{place}.{key}".lstrip("."))

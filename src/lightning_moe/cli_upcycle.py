@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
-from lightning_moe.cli_errors import config_error, told_by
+from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.module import load_model
@@ -97,8 +97,9 @@ def main(args: Sequence[str]) -> None:
         options = vars(instantiate(given))
         del options["config_file"]
         receipt = upcycle_checkpoint(**options)
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {(told_by(error) if isinstance(error, ValueError) else None) or error}")
+    except Exception as error:
+        exit_if_refused(error, given)
+        raise
     print(receipt)
     if options["dry_run"]:
         print("A dry run: no weights were loaded and nothing was written.")
@@ -111,6 +112,8 @@ class _Parser(ArgumentParser):
         found = config_error(self, message, ex, _CLASSES)
         if not self.exit_on_error:
             raise found from ex
+        if ex is not None and wants_traceback():
+            raise ex
         sys.stderr.write(f"error: {found}\nFor all options: lightning-moe upcycle --help\n")
         sys.exit(2)
 
