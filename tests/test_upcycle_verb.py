@@ -161,10 +161,14 @@ def test_a_dry_run_tells_the_same_and_touches_nothing(dense_path, tmp_path, init
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("arguments", [{"init": SplitInit("kmeans")}, {"init": SplitInit("activation")}])
-def test_a_dry_run_needs_no_numbers(dense_path, arguments):
+@pytest.mark.parametrize("method", ["kmeans", "activation"])
+def test_a_dry_run_needs_no_numbers(dense_path, text_files, method):
     receipt = upcycle_checkpoint(
-        model=str(dense_path), config=UpcycleConfig(num_experts=4, **arguments), dry_run=True, dtype="bfloat16"
+        model=str(dense_path),
+        config=UpcycleConfig(num_experts=4, init=SplitInit(method)),
+        calibration_files=text_files if method == "activation" else None,
+        dry_run=True,
+        dtype="bfloat16",
     )
     assert receipt.memory[0] > 2 * receipt.parameters[0]  # the rotary embedding stays in float32
     assert receipt.expert_similarity is None
@@ -196,7 +200,6 @@ def test_a_dry_run_refuses_what_the_real_one_would(dense_path, capsys):
         (["--config.init", "KMeansRouterInit"], "'KMeansRouterInit' belongs under 'router_init'"),
         (["--num_experts", "4"], "Did you mean 'config.num_experts'?"),
         (["--config.calibration", "x"], "Did you mean 'calibration_files', outside 'config'?"),
-        (["--config.router_init", "CentroidRouterInit"], "looks at hidden states"),
         (["--calibration_files", "/no/such.txt"], "'/no/such.txt' does not exist"),
         (["--config_file", "no_such.yaml"], "no_such.yaml"),
     ],
@@ -205,6 +208,43 @@ def test_mistakes_are_told_in_words_and_nothing_is_written(dense_path, tmp_path,
     given = ["--model", dense_path, "--output", tmp_path / "moe", "--config.num_experts", 4, *arguments]
     assert message in refused(capsys, *given)
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+@pytest.mark.parametrize(
+    ("options", "texts", "message"),
+    [
+        (["--config.router_init", "CentroidRouterInit"], [], "config.router_init: CentroidRouterInit looks at hidden"),
+        (["--config.init", "SplitInit", "--config.init.method", "gradient"], [], "text files, as --calibration_files"),
+        ([], [None], "is a directory. Give its text files"),
+        ([], [""], "holds no text"),
+        ([], [" \n"], "holds no text"),
+        ([], [b"\xff\xfe\x00"], "is no UTF-8 text"),
+        (["--config.router_init", "KMeansRouterInit"], ["the old man"], "3 tokens for 4 experts; give more text"),
+        (["--config.router_init", "CentroidRouterInit"], ["the sea", "the man"], "for 4 experts; give one batch for"),
+        (["--config.init", "SplitInit", "--config.init.method", "gradient"], ["sea"], "holds 1 token"),
+    ],
+)
+def test_calibration_is_refused_before_the_weights_are_loaded(
+    dense_path, tmp_path, options, texts, message, dry_run, capsys, monkeypatch
+):
+    monkeypatch.setattr("lightning_moe.cli_upcycle.load_model", None)
+    files = [tmp_path / f"{number}.txt" for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        if text is None:
+            file.mkdir()
+        else:
+            file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    given = ["--model", dense_path, "--output", tmp_path / "moe", "--config.num_experts", 4, "--dry_run", dry_run]
+    assert message in refused(capsys, *given, *options, *(["--calibration_files", *files] if files else []))
+
+
+def test_without_a_tokenizer_there_is_no_calibration(tmp_path, text_files, capsys):
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    given = ["--model", tmp_path / "bare", "--output", tmp_path / "moe", "--config.num_experts", 4]
+    assert "has no tokenizer" in refused(capsys, *given, "--calibration_files", *text_files)
+    gone = ["--model", tmp_path / "gone", *given[2:]]
+    assert "gone does not exist" in refused(capsys, *gone, "--calibration_files", *text_files)
 
 
 def test_a_bug_keeps_its_traceback(dense_path, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
+from lightning_moe.calibration import looks_at_states
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
@@ -63,12 +64,16 @@ def upcycle_checkpoint(
     Raises:
         FileNotFoundError: if the model or a calibration file does not exist.
         FileExistsError: if the directory to write holds something.
-        ValueError: if the model is upcycled already, and for what `upcycle` refuses.
+        ValueError: if the model is upcycled already, if a calibration file holds no text or all too little, if an
+            initialiser looks at hidden states and there is no file, and for what `upcycle` refuses.
     """
     files = [Path(file).expanduser() for file in calibration_files or ()]
     _check_paths(model, output, files, dry_run)
+    _check_wanted(config, files)
+    ids = _read(model, files) if files else []
+    _check_enough(config, files, ids)
     dense: Any = load_model(model, auto_class, dtype, empty=dry_run)
-    batches = [] if dry_run else _batches(model, dense, files)
+    batches = [] if dry_run else _batches(dense, ids)
     receipt = upcycle(
         dense,
         replace(config, seed=0 if config.seed is None else config.seed),
@@ -131,27 +136,79 @@ def _check_paths(model: str, output: str | None, files: Sequence[Path], dry_run:
                 f"output={output!r} exists and is not an empty directory. Remove it, or give another name."
             )
     for file in files:
-        if not file.is_file():
+        if file.is_dir():
+            raise ValueError(f"calibration_files: {str(file)!r} is a directory. Give its text files, as {file}/*.txt.")
+        if not file.exists():
             raise FileNotFoundError(f"calibration_files: {str(file)!r} does not exist. Give text files.")
 
 
-def _batches(name: str, model: nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]:
-    if not files:
+def _check_wanted(config: UpcycleConfig, files: Sequence[Path]) -> None:
+    for key in ("init", "router_init"):
+        part = getattr(config, key)
+        if looks_at_states(part) and not files:
+            raise ValueError(
+                f"config.{key}: {type(part).__name__} looks at hidden states of the model. Give text files, as "
+                "--calibration_files prose.txt code.txt; each is a calibration batch."
+            )
+
+
+def _read(name: str, files: Sequence[Path]) -> list[Tensor]:
+    source = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    try:
+        config: Any = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        # is no model: load_model has the words for it
         return []
-    tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().exists() else name)
-    config: Any = model.config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(
+            f"calibration_files: model={name!r} has no tokenizer to read them with ({first_line}). Save one beside the "
+            "model, with tokenizer.save_pretrained(...), or leave calibration_files out."
+        ) from error
     limit = min(_CALIBRATION_TOKENS, getattr(config.get_text_config(), "max_position_embeddings", _CALIBRATION_TOKENS))
-    # of a long text no logits: with a large vocabulary they would take more memory than a layer
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     batches = []
     for file in files:
-        with file.open(encoding="utf-8") as text:
-            # no token is longer on average
-            ids: Tensor = tokenizer(text.read(32 * limit), return_tensors="pt")["input_ids"][:, :limit]
-        if ids.numel() == 0:
-            raise ValueError(f"calibration_files: {str(file)!r} holds no text.")
-        batches.append({"input_ids": ids.to(torch.int64), **extra})
+        try:
+            with file.open(encoding="utf-8") as lines:
+                # no token is longer on average
+                text = lines.read(32 * limit)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"calibration_files: {str(file)!r} is no UTF-8 text ({error}). Give text files."
+            ) from error
+        ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][:, :limit]
+        if not text.strip() or ids.numel() == 0:
+            raise ValueError(f"calibration_files: {str(file)!r} holds no text. Give text files, or leave it out.")
+        batches.append(ids.to(torch.int64))
     return batches
+
+
+def _check_enough(config: UpcycleConfig, files: Sequence[Path], batches: Sequence[Tensor]) -> None:
+    # before the weights are loaded, which takes minutes for a large model
+    if config.init is not None and config.init.needs_saliency:
+        for file, ids in zip(files, batches, strict=False):
+            if ids.shape[1] < 2:
+                raise ValueError(
+                    f"calibration_files: {str(file)!r} holds 1 token, and {type(config.init).__name__} looks at the "
+                    "loss of the next one; give more text."
+                )
+    if batches and config.router_init is not None and config.router_init.needs_inputs:
+        # a rehearsal with as many random states as there are tokens: what is too few, the initialiser itself says
+        generator = torch.Generator().manual_seed(0)
+        width = max(config.num_experts, 8)
+        states = [torch.randn(ids.shape[1], width, generator=generator) for ids in batches]
+        try:
+            config.router_init.rows(config.num_experts, width, generator, states)
+        except ValueError as error:
+            raise ValueError(f"calibration_files: {error}") from error
+
+
+def _batches(model: nn.Module, ids: Sequence[Tensor]) -> list[dict[str, Any]]:
+    # of a long text no logits: with a large vocabulary they would take more memory than a layer
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return [{"input_ids": one, **extra} for one in ids]
 
 
 def _save_companions(name: str, model: nn.Module, directory: Path) -> None:
