@@ -46,7 +46,7 @@ def dense_path(tmp_path_factory):
 @pytest.fixture
 def text_files(tmp_path):
     files = [tmp_path / f"{name}.txt" for name in ("prose", "code")]
-    for file, text in zip(files, ("the old man and the sea", "for the sea return the man"), strict=True):
+    for file, text in zip(files, ("w1 w2 w3 w1 w4 ", "w5 w1 w4 w6 w1 w3 "), strict=True):
         file.write_text(text * 9)
     return [str(file) for file in files]
 
