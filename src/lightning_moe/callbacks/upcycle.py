@@ -255,7 +255,7 @@ class MoEUpcycleCallback(Callback):
                     f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
                 ) from error
         if layers := moe_layers(target):
-            rank_zero_info(f"MoEUpcycleCallback: the model has {len(layers)} MoE layers already and is left as it is.")
+            rank_zero_info(f"MoEUpcycleCallback: the model has MoE layers already ({len(layers)}) and is left as it is.")
             return
         self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
         if self._needs_training_batches() and trainer.state.fn != "fit" and not has_training_batches(trainer):

@@ -191,7 +191,8 @@ class CentroidRouterInit(RouterInit):
         assert inputs is not None
         if len(inputs) != num_experts:
             raise ValueError(
-                f"CentroidRouterInit: {len(inputs)} calibration batches for {num_experts} experts; give one batch for "
+                f"CentroidRouterInit: {len(inputs)} calibration batch{'' if len(inputs) == 1 else 'es'} for "
+                f"{num_experts} experts; give one batch for "
                 "each expert."
             )
         means = torch.stack([F.normalize(domain.float(), dim=1).mean(0) for domain in inputs])
