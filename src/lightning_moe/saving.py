@@ -219,7 +219,7 @@ def save_moe(
 
 
 def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
-    """Loads what `save_moe` wrote, in evaluation mode, as transformers' ``from_pretrained``: call ``.train()`` to train.
+    """Loads what `save_moe` wrote, in evaluation mode, as ``from_pretrained`` does: call ``.train()`` to train.
 
     Every parameter trains, but for the FFN that low-rank experts share: what had been frozen is to be frozen again. In
     evaluation mode capacities and a router's noise are off; `MoEUpcycleCallback` sets its layers to training itself.

@@ -1,17 +1,23 @@
 """Shows in the Trainer's loggers how the experts are used."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_moe.callbacks.base import RoutingCallback, require_moe_layers
-from lightning_moe.callbacks.heatmap import load_heatmap
-from lightning_moe.metrics import load_entropy, max_violation, num_dead_experts, token_entropy
-from lightning_moe.routing import MoEWarning, Routing, expert_load
+from lightning_moe.callbacks.coactivation import Coactivation
+from lightning_moe.callbacks.dashboard import about, layout
+from lightning_moe.callbacks.heatmap import coactivation_heatmaps, load_heatmap
+from lightning_moe.callbacks.loggers import log_histogram, log_image, log_layout, log_scalars, log_text
+from lightning_moe.callbacks.probe import SelectionProbe
+from lightning_moe.callbacks.statistics import RoutingStatistics
+from lightning_moe.callbacks.throughput import Throughput
+from lightning_moe.routing import MoEWarning, Routing
 
 _MAX_LAYER_SCALARS = 64
 
@@ -23,15 +29,19 @@ class ExpertUtilizationCallback(RoutingCallback):
     last log. Logged to every logger, at the Trainer's ``log_every_n_steps``:
 
     - ``moe/max_violation`` (mean over the layers) and ``moe/max_violation_worst`` (worst layer), ``moe/dead_experts``
-      (experts without a token, of all layers), ``moe/load_entropy``, ``moe/routing_entropy``, and each balance loss;
-      these can be monitored by ``ModelCheckpoint`` and ``EarlyStopping``;
-    - per layer, up to 64 layers: ``moe_max_violation/<layer>``, ``moe_dead_experts/<layer>``,
-      ``moe_load_entropy/<layer>``, ``moe_<loss>/<layer>``;
-    - TensorBoard also gets a heatmap of layers x experts and a histogram of the relative load.
+      (experts without a token, of all layers), ``moe/load_entropy``, ``moe/routing_entropy``, ``moe/router_margin``,
+      ``moe/drop_rate``, and each balance loss; these can be monitored by ``ModelCheckpoint`` and ``EarlyStopping``;
+    - ``moe/selection_change``, from the second log on: the share of a token's experts that are others than at the log
+      before, for 128 hidden states of each layer that are kept from there and routed again;
+    - ``moe/tokens_per_second``, ``moe/tflops_per_second`` (per device, of the active parameters) and ``moe/mfu`` (where
+      the device's peak is known); validation is not in the time;
+    - per layer, up to 64 layers, the same as ``moe_<name>/<layer>``;
+    - TensorBoard, Weights & Biases and MLflow also get pictures: the load of layers x experts, and which experts come
+      together; TensorBoard a histogram of the relative load, a page of custom scalars, and what each number means.
 
     Args:
         per_layer: whether to log the scalars of each layer.
-        images_every_n_logs: a heatmap and a histogram with every n-th log, and at the end; 0 turns them off.
+        images_every_n_logs: pictures and a histogram with every n-th log, and at the end; 0 turns them off.
 
     Example:
         >>> ExpertUtilizationCallback(images_every_n_logs=5).per_layer
@@ -44,8 +54,11 @@ class ExpertUtilizationCallback(RoutingCallback):
         super().__init__()
         self.per_layer = per_layer
         self.images_every_n_logs = images_every_n_logs
-        self._load: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._statistics = RoutingStatistics({}, {})
+        self._coactivation = Coactivation({})
+        self._probe = SelectionProbe({})
+        self._throughput: Throughput | None = None
+        self._sequence_length = 0
         self._num_logs = 0
         self._last_step = -1
         self._last_load: Tensor | None = None
@@ -54,7 +67,15 @@ class ExpertUtilizationCallback(RoutingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares the counters."""
         self._layers = {layer.name: layer for layer in require_moe_layers(self, pl_module).values()}
-        self._reset()
+        num_experts = {name: layer.experts.num_experts for name, layer in self._layers.items()}
+        losses = {name: list(layer.balance_losses) for name, layer in self._layers.items()}
+        self._statistics = RoutingStatistics(num_experts, losses)
+        self._coactivation = Coactivation(num_experts if self.images_every_n_logs else {})
+        self._probe = SelectionProbe({name: layer.router for name, layer in self._layers.items()})
+        self._probe.attach()
+        self._throughput = Throughput(pl_module, self._layers)
+        log_text(trainer, "moe/about", about(self._statistics.loss_names))
+        log_layout(trainer, layout(self._statistics.loss_names, per_layer=self._logs_layers()))
         if not trainer.loggers:
             rank_zero_warn(
                 "ExpertUtilizationCallback has no logger to write to: pass `logger=` to the Trainer, or leave the "
@@ -62,27 +83,62 @@ class ExpertUtilizationCallback(RoutingCallback):
                 category=MoEWarning,
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes up the counts of a checkpoint, and starts the clock."""
+        if self._throughput is not None:
+            self._throughput.start()
+        restored = self.__dict__.pop("_restored", None)
+        if restored is None:
+            return
+        self._num_logs, self._last_step = restored["num_logs"], restored["last_step"]
+        if trainer.is_global_zero:
+            self._statistics.load_state_dict(restored, pl_module.device)
+            self._coactivation.load_state_dict(restored.get("coactivation", {}), pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begins to count."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if _logs_now(trainer):
+            self._probe.look()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops counting and logs, if it is time."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        loop = trainer.fit_loop.epoch_loop
-        # with accumulation, the last micro-batch of a step, when Lightning writes its own logs too
-        if trainer._logger_connector.should_update_logs and not loop._should_accumulate():
-            self._last_step = int(loop._batches_that_stepped)
+        if _logs_now(trainer):
+            self._last_step = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
             self._log(trainer, pl_module, self._last_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        if self._throughput is not None:
+            self._throughput.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the clock run again."""
+        if self._throughput is not None:
+            self._throughput.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last load once more, so that the final picture is never missing."""
         if self._last_load is not None and self.images_every_n_logs and self._last_drawn != self._last_step:
             self._draw(trainer, self._last_load, self._last_step)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does what `teardown` does, which Lightning does not call after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops counting, and leaves the routers alone."""
+        super().teardown(trainer, pl_module, stage)
+        self._probe.detach()
+
     def state_dict(self) -> dict[str, Any]:
         """The counts since the last log. With several ranks the checkpoint holds those of rank 0."""
         return {
-            "load": {name: tensor.cpu() for name, tensor in self._load.items()},
-            "sums": {name: tensor.cpu() for name, tensor in self._sums.items()},
+            **self._statistics.state_dict(),
+            "coactivation": self._coactivation.state_dict(),
             "num_logs": self._num_logs,
             "last_step": self._last_step,
         }
@@ -91,90 +147,66 @@ class ExpertUtilizationCallback(RoutingCallback):
         """Goes on counting where the checkpoint was written."""
         self._restored = state_dict
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes up the counts of a checkpoint."""
-        restored = self.__dict__.pop("_restored", None)
-        if restored is None:
-            return
-        self._num_logs, self._last_step = restored["num_logs"], restored["last_step"]
-        num_sums = 3 + len(self._loss_names())
-        # counts of other losses do not add up with those to come
-        if trainer.is_global_zero and all(tensor.numel() == num_sums for tensor in restored["sums"].values()):
-            for counts, saved in ((self._load, restored["load"]), (self._sums, restored["sums"])):
-                for name, tensor in saved.items():
-                    counts[name] = tensor.to(pl_module.device)
-
-    def _loss_names(self) -> list[str]:
-        return list(next(iter(self._layers.values())).balance_losses)
-
-    def _reset(self) -> None:
-        self._load, self._sums = {}, {}
+    def _logs_layers(self) -> bool:
+        return self.per_layer and len(self._layers) <= _MAX_LAYER_SCALARS
 
     def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
-        total, tokens = token_entropy(routing)
-        values = [torch.ones_like(total), total, tokens, *losses.values()]
-        sums = torch.stack([value.detach().double() for value in values])
-        load = expert_load(routing).double()
-        self._load[name] = self._load[name] + load if name in self._load else load
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._statistics.add(name, routing, losses)
+        self._coactivation.add(name, routing)
+        self._sequence_length = routing.sequence_length or 0
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        load, sums = self._reduced(trainer, pl_module)
-        self._reset()
-        if not bool(load.sum() > 0):
+        # every rank has the same layers, whatever ran on it
+        totals = trainer.strategy.reduce(self._statistics.totals(pl_module.device), reduce_op="sum")
+        load, sums = self._statistics.split(totals)
+        change = trainer.strategy.reduce(self._probe.totals(pl_module.device), reduce_op="sum")
+        self._statistics.reset()
+        if not bool(sums["tokens"].sum() > 0):
             return
-        names = self._loss_names()
-        forwards, tokens = sums[:, :1].clamp(min=1), sums[:, 2].clamp(min=1)
-        layers = {
-            "max_violation": max_violation(load),
-            "dead_experts": num_dead_experts(load),
-            "load_entropy": load_entropy(load),
-            "routing_entropy": sums[:, 1] / tokens,
-            **dict(zip(names, (sums[:, 3:] / forwards).unbind(1), strict=True)),
-        }
-        aggregates = {f"moe/{name}": values.mean() for name, values in layers.items()}
-        aggregates["moe/max_violation_worst"] = layers["max_violation"].max()
-        aggregates["moe/dead_experts"] = layers["dead_experts"].sum()
-        pl_module.log_dict({k: v.float() for k, v in aggregates.items()}, on_step=True, on_epoch=False, batch_size=1)
-        if self.per_layer and len(self._layers) <= _MAX_LAYER_SCALARS:
-            self._log_layers(trainer, layers, step)
+        measures = self._statistics.measures(load, sums)
+        values = {name: (list(self._layers), rows) for name, rows in measures.items()}
+        if bool((change[:, 1] > 0).any()):
+            values["selection_change"] = (self._probe.names, change[:, 0] / change[:, 1].clamp(min=1))
+        aggregates = {name: float(rows.nanmean()) for name, (_, rows) in values.items()}
+        aggregates["max_violation_worst"] = float(measures["max_violation"].max())
+        aggregates["dead_experts"] = float(measures["dead_experts"].sum())
+        assert self._throughput is not None
+        active = sums["computed"] / sums["tokens"].clamp(min=1)
+        speed = self._throughput.measures(trainer, pl_module, float(sums["tokens"][0]), active, self._sequence_length)
+        logged = {f"moe/{name}": value for name, value in (aggregates | speed).items()}
+        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=1)
+        if self._logs_layers():
+            log_scalars(
+                trainer,
+                {
+                    f"moe_{name}/{label}": value
+                    for name, (labels, rows) in values.items()
+                    for label, value in zip(labels, rows.tolist(), strict=True)
+                    if not math.isnan(value)
+                },
+                step,
+            )
         self._last_load = load
         if self.images_every_n_logs and self._num_logs % self.images_every_n_logs == 0:
             self._draw(trainer, load, step)
         self._num_logs += 1
 
-    def _reduced(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        # one tensor, one all-reduce; every rank has the same layers, whatever ran on it
-        num_experts = max(layer.experts.num_experts for layer in self._layers.values())
-        num_sums = 3 + len(self._loss_names())
-        both = torch.zeros(len(self._layers), num_experts + num_sums, dtype=torch.float64, device=pl_module.device)
-        for row, name in enumerate(self._layers):
-            if name in self._load:
-                both[row, : self._load[name].numel()] = self._load[name]
-                both[row, num_experts:] = self._sums[name]
-        both = trainer.strategy.reduce(both, reduce_op="sum")
-        return both[:, :num_experts], both[:, num_experts:]
-
-    def _log_layers(self, trainer: Trainer, layers: Mapping[str, Tensor], step: int) -> None:
-        scalars = {}
-        for name, values in layers.items():
-            for label, value in zip(self._layers, values.tolist(), strict=True):
-                scalars[f"moe_{name}/{label}"] = value
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
-
-    def _draw(self, trainer: Trainer, load: Tensor, step: int) -> None:
+    def _draw(self, trainer: Trainer, load: Float[Tensor, "L E"], step: int) -> None:
         self._last_drawn = step
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            # duck typing: SummaryWriter, whichever logger wraps it
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_image") and hasattr(writer, "add_histogram"):
-                labels = [_short(name, index) for index, name in enumerate(self._layers)]
-                writer.add_image("moe/expert_load", load_heatmap(load, labels), step, dataformats="HWC")
-                relative = load / load.mean(-1, keepdim=True).clamp(min=1e-30)
-                writer.add_histogram("moe/relative_load", relative.flatten().float().cpu(), step)
+        labels = {name: _short(name, index) for index, name in enumerate(self._layers)}
+        log_image(trainer, "moe/expert_load", load_heatmap(load, list(labels.values())), step)
+        relative = load / load.nanmean(-1, keepdim=True).clamp(min=1e-30)
+        log_histogram(trainer, "moe/relative_load", relative[~relative.isnan()], step)
+        together = self._coactivation.shares(trainer, load.device)
+        if together:
+            pictures = {labels[name]: share for name, share in together.items()}
+            log_image(trainer, "moe/coactivation", coactivation_heatmaps(pictures), step)
+
+
+def _logs_now(trainer: Trainer) -> bool:
+    # with accumulation, the last micro-batch of a step, when Lightning writes its own logs too
+    loop = trainer.fit_loop.epoch_loop
+    return bool(trainer._logger_connector.should_update_logs) and not loop._should_accumulate()
 
 
 def _short(name: str, index: int) -> str:

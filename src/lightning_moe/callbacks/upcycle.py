@@ -1,8 +1,7 @@
 """Turns the model of any LightningModule into a Mixture-of-Experts model, by being in the Trainer's list."""
 
-import textwrap
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,15 +20,17 @@ from lightning_moe.callbacks.base import (
     training_batches,
     uses_deepspeed,
 )
+from lightning_moe.callbacks.dashboard import write_texts
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
+from lightning_moe.callbacks.optimizers import dense_sources, repoint
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.config import UpcycleConfig, check_config
-from lightning_moe.ffn import FFNFamily
 from lightning_moe.ffn_search import find_ffns
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.receipt import Receipt
+from lightning_moe.routers import Router
 from lightning_moe.saving import moe_recipe, unfilled
 from lightning_moe.upcycle import upcycle
 
@@ -118,7 +119,7 @@ class MoEUpcycleCallback(Callback):
         else:
             self._upcycle(trainer, pl_module)
         if stage == "fit":
-            _run_after(pl_module, "configure_optimizers", lambda made: self._repoint(pl_module, made))
+            _run_after(pl_module, "configure_optimizers", lambda made: repoint(pl_module, made, self._sources))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
@@ -126,7 +127,9 @@ class MoEUpcycleCallback(Callback):
             # before the loader of a new epoch draws its order
             set_random_state(self._random_state)
         if self.receipt is not None and not self._receipt_written:
-            _write_receipt(trainer, self.receipt, self.module)
+            router = pl_module.get_submodule(f"{self._prefix()}{self.receipt.layers[0]}.router")
+            assert isinstance(router, Router)
+            write_texts(trainer, self.config, router, self.receipt, self.module)
             self._receipt_written = True
         self._unchecked = moe_layers(pl_module)
         for layer in self._unchecked.values():
@@ -255,9 +258,11 @@ class MoEUpcycleCallback(Callback):
                     f"module={self.module!r}: {type(pl_module).__name__} has no such part ({error}). It has: {names}."
                 ) from error
         if layers := moe_layers(target):
-            rank_zero_info(f"MoEUpcycleCallback: the model has MoE layers already ({len(layers)}) and is left as it is.")
+            rank_zero_info(
+                f"MoEUpcycleCallback: the model has MoE layers already ({len(layers)}) and is left as it is."
+            )
             return
-        self._sources.update(_sources(target, self.config.family, "" if self.module is None else f"{self.module}."))
+        self._sources.update(dense_sources(target, self.config.family, self._prefix()))
         if self._needs_training_batches() and trainer.state.fn != "fit" and not has_training_batches(trainer):
             # a checkpoint may hold all of it; whether there is one is known only when it is loaded
             upcycle(target, unfilled(self.config))
@@ -268,6 +273,9 @@ class MoEUpcycleCallback(Callback):
         self._receipt_written = False
         for name, layer in moe_layers(pl_module).items():
             layer.name = name
+
+    def _prefix(self) -> str:
+        return "" if self.module is None else f"{self.module}."
 
     def _needs_training_batches(self) -> bool:
         looks = looks_at_states(self.config.init) or looks_at_states(self.config.router_init)
@@ -293,73 +301,6 @@ class MoEUpcycleCallback(Callback):
             )
         batches = self.calibration
         return training_batches(trainer, batches) if isinstance(batches, int) else batches
-
-    def _repoint(self, pl_module: LightningModule, made: Any) -> None:
-        # LightningCLI's --optimizer, or a user, may have made the optimizer before the upcycling: it holds the dense
-        # FFNs' parameters. Each group that held one gets the MoE parameters that took its place.
-        layers = moe_layers(pl_module)
-        for optimizer in _optimizers(made):
-            present = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for group in optimizer.param_groups:
-                kept, places = [], set()
-                for parameter in group["params"]:
-                    reference, place = self._sources.get(id(parameter), (None, ""))
-                    # an id can be reused once the dense parameter is gone; the reference tells
-                    if reference is not None and reference() is parameter and place.split("/")[0] in layers:
-                        places.add(place)
-                    else:
-                        kept.append(parameter)
-                if places:
-                    new = [p for place in sorted(places) for p in _successors(layers, place) if id(p) not in present]
-                    unique = {id(p): p for p in new}
-                    present |= set(unique)
-                    group["params"] = kept + list(unique.values())
-
-
-def _sources(
-    target: nn.Module, family: FFNFamily | None, prefix: str
-) -> dict[int, tuple[weakref.ref[nn.Parameter], str]]:
-    # weak references, and made in a function: whoever holds a dense FFN keeps its memory while the next layer is built
-    return {
-        id(parameter): (weakref.ref(parameter), f"{prefix}{name}/{canonical}")
-        for name, weights in find_ffns(target, family).items()
-        for canonical, parameter in weights.sources
-    }
-
-
-def _write_receipt(trainer: Trainer, receipt: Receipt, module: str | None) -> None:
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        # duck typing: SummaryWriter, whichever logger wraps it; it shows Markdown, where four spaces keep the columns
-        writer: Any = getattr(logger, "experiment", None)
-        if hasattr(writer, "add_text"):
-            writer.add_text(
-                "moe/receipt" if module is None else f"moe/receipt/{module}", textwrap.indent(str(receipt), "    "), 0
-            )
-
-
-def _successors(layers: dict[str, Any], place: str) -> Iterable[nn.Parameter]:
-    # which MoE parameters follow one dense parameter; the router goes where the up projection was
-    name, canonical = place.split("/")
-    layer = layers[name]
-    found = [
-        p for experts in (layer.experts, layer.shared_experts) if experts for p in experts.parameters_for(canonical)
-    ]
-    if canonical == "up":
-        found += list(layer.router.parameters())
-    return [p for p in found if p.requires_grad]
-
-
-def _optimizers(made: Any) -> list[Optimizer]:
-    # whatever configure_optimizers may return: an optimizer, a dict with one, and lists and tuples of these
-    if isinstance(made, Optimizer):
-        return [made]
-    if isinstance(made, dict):
-        return _optimizers(made.get("optimizer"))
-    if isinstance(made, (list, tuple)):
-        return [optimizer for entry in made for optimizer in _optimizers(entry)]
-    return []
 
 
 def _run_after(pl_module: LightningModule, name: str, then: Callable[[Any], None]) -> None:

@@ -15,7 +15,7 @@ from lightning_moe.metrics.balance import (
     utilization_quantiles,
 )
 from lightning_moe.metrics.change import RouterSaturation, RoutingChangeRate, routing_overlap
-from lightning_moe.metrics.coactivation import ExpertCoactivation
+from lightning_moe.metrics.coactivation import ExpertCoactivation, coactivation
 from lightning_moe.metrics.counterfactual import CounterfactualRoutingGain
 from lightning_moe.metrics.load import (
     AverageViolation,
@@ -55,6 +55,7 @@ from lightning_moe.metrics.tokens import (
     RouterMargin,
     RoutingConfidence,
     RoutingEntropy,
+    router_margin,
     token_entropy,
 )
 
@@ -132,6 +133,7 @@ __all__ = [
     "average_violation",
     "chosen_choices",
     "chosen_experts",
+    "coactivation",
     "coefficient_of_variation",
     "effective_experts",
     "gini_coefficient",
@@ -142,6 +144,7 @@ __all__ = [
     "num_dead_experts",
     "pair_cosines",
     "real_tokens",
+    "router_margin",
     "routing_overlap",
     "token_entropy",
     "utilization_quantiles",

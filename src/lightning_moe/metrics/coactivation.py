@@ -3,11 +3,27 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_moe.metrics.selection import chosen_experts
 from lightning_moe.routing import Routing
+
+
+def coactivation(together: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:
+    """How often expert j comes with expert i, from counts of pairs, see `ExpertCoactivation`.
+
+    Args:
+        together: number of tokens that chose both i and j; on the diagonal, that chose i.
+
+    Example:
+        >>> coactivation(torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
+        tensor([[0.0000, 0.2500],
+                [0.5000, 0.0000]])
+    """
+    share = together / together.diagonal().clamp(min=1).unsqueeze(1)
+    return share.fill_diagonal_(0).to(torch.float32)
 
 
 class ExpertCoactivation(Metric):
@@ -46,7 +62,4 @@ class ExpertCoactivation(Metric):
 
     def compute(self) -> Tensor:
         """Returns the matrix in float32."""
-        # N_ii, a token that chose i and i, is N_i
-        alone = self.together.diagonal()
-        share = self.together / alone.clamp(min=1).unsqueeze(1)
-        return share.fill_diagonal_(0).to(torch.float32)
+        return coactivation(self.together)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -60,6 +60,27 @@ class RoutingConfidence(RoutingRatio):
         return _of_real_tokens(routing, chosen / scores.sum(-1).clamp(min=torch.finfo(scores.dtype).tiny))
 
 
+@torch.no_grad()
+def router_margin(routing: Routing) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
+    """Each token's gap between its last logit that is in and the first that is out, see `RouterMargin`.
+
+    Args:
+        routing: the routing of one layer.
+
+    Returns:
+        The gaps, 0 where there is none; and which tokens have one: padding, and tokens that chose nothing or all, have
+        none.
+    """
+    num_chosen = chosen_choices(routing).sum(-1, keepdim=True)
+    counts = ((num_chosen > 0) & (num_chosen < routing.num_choices)).squeeze(-1)
+    # no token has chosen more columns than it has rows
+    most = routing.num_choices if routing.top_k is None else min(routing.top_k + 1, routing.num_choices)
+    ranked = routing.logits.topk(most, dim=-1).values
+    last_in, first_out = (num_chosen - 1).clamp(min=0), num_chosen.clamp(max=most - 1)
+    margin = (ranked.gather(1, last_in) - ranked.gather(1, first_out)).squeeze(-1)
+    return torch.where(counts, margin, 0), counts
+
+
 class RouterMargin(RoutingRatio):
     """Mean gap between the last logit that is in and the first that is out: ``z_(k) - z_(k+1)``, sorted descending.
 
@@ -78,13 +99,7 @@ class RouterMargin(RoutingRatio):
     """
 
     def _parts(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        num_chosen = chosen_choices(routing).sum(-1, keepdim=True)
-        counts = ((num_chosen > 0) & (num_chosen < routing.num_choices)).squeeze(-1)
-        ranked = routing.logits.sort(-1, descending=True).values
-        first_out = num_chosen.clamp(max=routing.num_choices - 1)
-        last_in = (num_chosen - 1).clamp(min=0)
-        margin = (ranked.gather(1, last_in) - ranked.gather(1, first_out)).squeeze(-1)
-        return torch.where(counts, margin, 0), counts
+        return router_margin(routing)
 
 
 class RouterLogitNorm(RoutingRatio):

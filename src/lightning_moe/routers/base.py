@@ -150,8 +150,8 @@ class TokenChoiceRouter(Router):
         return float(self.top_k)
 
 
-def init_arguments(module: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads back the arguments of a module's ``__init__`` from its attributes of the same names."""
+def init_arguments(module: object, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads back the arguments of an object's ``__init__`` from its attributes of the same names."""
     # signature and not __code__: it sees through decorators, such as a type checker's
     parameters = list(inspect.signature(type(module).__init__).parameters.values())[1:]
     named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
