@@ -46,6 +46,8 @@ from lightning_moe.metrics.specialization import (
     DomainSpecialization,
     DomainTotalVariation,
     VocabularySpecialization,
+    mutual_information,
+    total_variation,
 )
 from lightning_moe.metrics.tokens import (
     ActiveExperts,
@@ -141,11 +143,13 @@ __all__ = [
     "load_imbalance",
     "max_violation",
     "min_violation",
+    "mutual_information",
     "num_dead_experts",
     "pair_cosines",
     "real_tokens",
     "router_margin",
     "routing_overlap",
     "token_entropy",
+    "total_variation",
     "utilization_quantiles",
 ]

@@ -3,12 +3,47 @@
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_moe.metrics.selection import chosen_experts, real_tokens
 from lightning_moe.routing import Routing
+
+
+def total_variation(routed: Float[Tensor, "*P domains E"]) -> Float[Tensor, "*P"]:
+    """How differently domains use the experts: mean over pairs of domains of ``1/2 sum_i |f_i^D - f_i^D'|``.
+
+    ``f_i^D`` is expert i's share of domain D's selections. 0 is the same use, 1 no expert in common. A domain without a
+    selection is in no pair.
+
+    Args:
+        routed: selections of each expert by the tokens of each domain.
+
+    Example:
+        >>> total_variation(torch.tensor([[4.0, 0.0], [1.0, 3.0]]))
+        tensor(0.7500)
+    """
+    selections = routed.sum(-1)
+    shares = routed / selections.clamp(min=1).unsqueeze(-1)
+    pairs = (selections > 0).to(routed.dtype)
+    pairs = (pairs.unsqueeze(-2) * pairs.unsqueeze(-1)).triu(1)
+    return (torch.cdist(shares, shares, p=1) / 2 * pairs).sum((-2, -1)) / pairs.sum((-2, -1)).clamp(min=1)
+
+
+def mutual_information(routed: Float[Tensor, "*P domains E"]) -> Float[Tensor, "*P"]:
+    """What a selected expert tells of the token's domain: ``I(expert; domain)`` over all selections, in nats.
+
+    Args:
+        routed: selections of each expert by the tokens of each domain.
+
+    Example:
+        >>> mutual_information(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))  # log 2
+        tensor(0.6931)
+    """
+    joint = routed / routed.sum((-2, -1), keepdim=True).clamp(min=1)
+    independent = joint.sum(-2, keepdim=True) * joint.sum(-1, keepdim=True)
+    return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum((-2, -1))
 
 
 class GroupedSelections(Metric):
@@ -113,11 +148,7 @@ class DomainTotalVariation(DomainSpecialization):
     """
 
     def _measure(self) -> Tensor:
-        selections = self.routed.sum(1)
-        shares = self.routed / selections.clamp(min=1).unsqueeze(1)
-        pairs = (selections > 0).to(torch.float64)
-        pairs = (pairs.unsqueeze(0) * pairs.unsqueeze(1)).triu(1)
-        return (torch.cdist(shares, shares, p=1) / 2 * pairs).sum() / pairs.sum().clamp(min=1)
+        return total_variation(self.routed)
 
 
 class DomainMutualInformation(DomainSpecialization):
@@ -139,9 +170,7 @@ class DomainMutualInformation(DomainSpecialization):
     """
 
     def _measure(self) -> Tensor:
-        joint = self.routed / self.routed.sum().clamp(min=1)
-        independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
-        return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum()
+        return mutual_information(self.routed)
 
 
 class VocabularySpecialization(GroupedSelections):
