@@ -1,6 +1,6 @@
 """Turn the dense FFNs of a pretrained model into Mixture-of-Experts layers, in any Lightning Trainer.
 
-The torch world is imported at once; what needs Lightning is imported when it is first used.
+The torch world is imported at once; what needs Lightning, or `datasets`, is imported when it is first used.
 """
 
 from importlib import import_module
@@ -121,6 +121,7 @@ from lightning_moe.tokens import Tokens
 from lightning_moe.upcycle import upcycle
 
 if TYPE_CHECKING:
+    from lightning_moe.analysis import Analysis, analyze, write_report
     from lightning_moe.callbacks import (
         BalanceLossCallback,
         ExpertBiasCallback,
@@ -132,7 +133,10 @@ if TYPE_CHECKING:
     from lightning_moe.data import TextDataModule
     from lightning_moe.module import MoEModule
 
-_NEEDS_LIGHTNING = {
+_ON_FIRST_USE = {
+    "Analysis": "lightning_moe.analysis",
+    "analyze": "lightning_moe.analysis",
+    "write_report": "lightning_moe.analysis",
     "BalanceLossCallback": "lightning_moe.callbacks",
     "ExpertBiasCallback": "lightning_moe.callbacks",
     "ExpertUtilizationCallback": "lightning_moe.callbacks",
@@ -145,13 +149,13 @@ _NEEDS_LIGHTNING = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_LIGHTNING:
-        return getattr(import_module(_NEEDS_LIGHTNING[name]), name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEEDS_LIGHTNING})
+    return sorted({*globals(), *_ON_FIRST_USE})
 
 
 __all__ = [
@@ -163,6 +167,7 @@ __all__ = [
     "ROUTING_METRICS",
     "ActiveExperts",
     "AdaptiveL1Loss",
+    "Analysis",
     "AverageViolation",
     "BASERouter",
     "BalanceLoss",
@@ -269,6 +274,7 @@ __all__ = [
     "ZeroOutputInit",
     "ZeroRouterInit",
     "__version__",
+    "analyze",
     "combine",
     "dispatch",
     "expand",
@@ -281,5 +287,6 @@ __all__ = [
     "record_routing",
     "save_moe",
     "upcycle",
+    "write_report",
     "z_loss",
 ]

@@ -77,7 +77,7 @@ class TokenCache:
 
     def of_files(self, place: str, files: list[Path]) -> Path:
         """The folder with the tokens of local files."""
-        content = [[_builder(file), _file_digest(file)] for file in files]
+        content = [[builder_of(file), _file_digest(file)] for file in files]
         return self._get(content, place, functools.partial(_read_files, place, files, self.text_column))
 
     def of_dataset(self, name: str, config: str | None) -> Path:
@@ -148,7 +148,7 @@ def _expand(place: str, patterns: list[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _builder(file: Path) -> str:
+def builder_of(file: Path) -> str:
     """Name of the `datasets` builder that reads this file."""
     suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
     return _BUILDERS.get(suffixes[-1], "text") if suffixes else "text"
@@ -156,7 +156,7 @@ def _builder(file: Path) -> str:
 
 def _read_files(place: str, files: list[Path], column: str, scratch: str) -> Iterator[datasets.Dataset]:
     """The texts of the files in their order, as tables with one row per document."""
-    for builder, group in itertools.groupby(files, key=_builder):
+    for builder, group in itertools.groupby(files, key=builder_of):
         # An empty file holds no document, and the JSON builder fails on it.
         names = [glob.escape(str(file)) for file in group if file.stat().st_size]
         if not names:
