@@ -1,11 +1,12 @@
 """The command line: LightningCLI that knows this package's classes by their short names.
 
-``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program. Its verb
-``upcycle``, which needs no Trainer, is in `lightning_moe.cli_upcycle`.
+``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program. Its verbs that
+need no Trainer are ``upcycle``, in `lightning_moe.cli_upcycle`, and ``analyze``, in `lightning_moe.cli_analyze`.
 """
 
 import re
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
@@ -18,6 +19,7 @@ from lightning_moe.callbacks import (
     ExpertUtilizationCallback,
     MoEUpcycleCallback,
 )
+from lightning_moe.cli_analyze import main as analyze_main
 from lightning_moe.cli_errors import config_error, exit_if_refused, nearest, wants_traceback
 from lightning_moe.cli_upcycle import main as upcycle_main
 from lightning_moe.config import UpcycleConfig
@@ -42,8 +44,10 @@ _CLASSES: tuple[type, ...] = (
     Trainer,
 )
 
+# those that need no Trainer
+_OWN_VERBS: dict[str, Callable[[Sequence[str]], None]] = {"upcycle": upcycle_main, "analyze": analyze_main}
 # what the `lightning` command of lightning-sdk does not have, or means the same by
-_VERBS = ("fit", "validate", "test", "predict", "upcycle")
+_VERBS = ("fit", "validate", "test", "predict", *_OWN_VERBS)
 
 
 class MoEArgumentParser(LightningArgumentParser):
@@ -62,7 +66,8 @@ class MoEArgumentParser(LightningArgumentParser):
             text = f"invalid choice: {verb[1]!r} (choose from {', '.join(_VERBS)})"
             if meant := nearest(verb[1], _VERBS):
                 text += f"\n  Did you mean {meant!r}?"
-        sys.stderr.write(f"error: {text}\nFor all options: lightning-moe fit --help, lightning-moe upcycle --help\n")
+        verbs = ", ".join(f"lightning-moe {verb} --help" for verb in ("fit", *_OWN_VERBS))
+        sys.stderr.write(f"error: {text}\nFor all options: {verbs}\n")
         sys.exit(2)
 
 
@@ -74,9 +79,10 @@ class MoECLI(LightningCLI):
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs.setdefault("seed_everything_default", 0)
         # LightningCLI knows the Trainer's verbs only
+        verbs = " and ".join(f"lightning-moe {verb} --help" for verb in _OWN_VERBS)
         description = (
-            "Trains Mixture-of-Experts models. One more verb: lightning-moe upcycle --help. What is refused is told in "
-            "one line; with LIGHTNING_MOE_TRACEBACK=1 in the environment, also where."
+            f"Trains Mixture-of-Experts models. Further verbs: {verbs}. What is refused is told in one line; with "
+            "LIGHTNING_MOE_TRACEBACK=1 in the environment, also where."
         )
         kwargs["parser_kwargs"] = {"description": description, **kwargs.get("parser_kwargs", {})}
         try:
@@ -87,10 +93,10 @@ class MoECLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs ``lightning-moe``: ``fit``, ``validate``, ``test``, ``predict`` and ``upcycle``."""
+    """Runs ``lightning-moe``: ``fit``, ``validate``, ``test``, ``predict``, ``upcycle`` and ``analyze``."""
     arguments = sys.argv[1:] if args is None else args
-    if isinstance(arguments, list) and arguments[:1] == ["upcycle"]:
-        upcycle_main(arguments[1:])
+    if isinstance(arguments, list) and arguments and arguments[0] in _OWN_VERBS:
+        _OWN_VERBS[arguments[0]](arguments[1:])
     else:
         MoECLI(args=args)
 
