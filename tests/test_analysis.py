@@ -50,6 +50,7 @@ from lightning_moe.analysis.interventions import (
 )
 from lightning_moe.analysis.similarity import expert_outputs
 from lightning_moe.analysis.texts import domain_batches, read_texts
+from lightning_moe.routing import notify
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,38 @@ def test_an_encoder_has_no_next_token_loss(tmp_path):
     result = analyze(encoder, word_tokenizer(), data=DATA, **SIZES)
     assert "no causal language model" in result.skipped["studies"]
     assert "no causal language model" in write_report(result, tmp_path).read_text()
+
+
+def native_moe():
+    """A model whose MoE layers are not of this package, and whose routing is seen all the same."""
+    model, router = tiny_llama(), TopKRouter(8, E, top_k=K)
+    for place, decoder in enumerate(model.model.layers):
+
+        def tell(ffn, given, output, name=f"native.{place}"):
+            notify(name, router(given[0].flatten(0, 1)), {})
+
+        decoder.mlp.register_forward_hook(tell)
+    return model
+
+
+def test_of_a_native_model_the_page_says_what_is_left_out(tmp_path):
+    result = analyze(native_moe(), word_tokenizer(), data=DATA, **SIZES)
+    assert [layer.name for layer in result.layers] == ["native.0", "native.1"]
+    assert result.layers[0].domain_total_variation is not None
+    assert result.layers[0].output_cka is None
+    assert result.studies == []
+    text = write_report(result, tmp_path).read_text()
+    assert "of LlamaForCausalLM are not this package&#x27;s: their routes cannot be changed." in text
+    assert "of LlamaForCausalLM are not this package&#x27;s, and cannot be looked into." in text
+
+
+def test_layers_that_do_not_run_are_left_out():
+    model = moe()
+    model.unused = moe().model.layers[0]
+    model.unused.mlp.name = "unused.mlp"
+    result = analyze(model, word_tokenizer(), data=DATA, studies=False, **SIZES)
+    assert [layer.name for layer in result.layers] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert result.layers[0].output_cka is not None
 
 
 def test_a_router_without_such_scores_says_so():

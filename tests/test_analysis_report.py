@@ -2,11 +2,13 @@
 
 import base64
 import csv
+import itertools
 import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lightning_fixtures import word_tokenizer
 from PIL import Image
 
 from lightning_moe import analyze, write_report
+from lightning_moe.analysis import definitions
 from lightning_moe.analysis.canvas import SCALE, SERIES
 from lightning_moe.analysis.charts import Line, bar_chart, line_chart
 from lightning_moe.analysis.heatmap import RELATIVE, SHARE, heatmap
@@ -202,6 +205,15 @@ def test_the_lengths_of_bars_are_their_numbers():
 
 
 # --- the verdict ---
+
+
+def test_the_documentation_says_what_each_number_is():
+    told = (Path(__file__).parent.parent / "docs" / "analysis.md").read_text()
+    every = [definitions.LOAD, definitions.CERTAINTY, definitions.DOMAINS, definitions.VOCABULARY]
+    every += [definitions.COACTIVATION, definitions.CHECKPOINTS, definitions.LIKENESS, definitions.STUDIES]
+    for one in itertools.chain.from_iterable(every):
+        assert one.name in told, one.name
+        assert one.address is None or one.address in told, one.name
 
 
 def test_the_verdict_follows_the_numbers(found):

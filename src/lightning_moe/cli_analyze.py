@@ -26,7 +26,7 @@ def analyze_checkpoints(
     output: str = "moe-analysis",
     tokenizer: str | None = None,
     text_column: str = "text",
-    num_tokens: int = 16384,
+    num_tokens: int = 8192,
     sequence_length: int = 512,
     batch_size: int = 4,
     separator: str | None = None,

@@ -24,7 +24,7 @@ def analyze(
     data: Mapping[str, Iterable[str]],
     earlier: Iterable[tuple[str, nn.Module]] = (),
     name: str = "model",
-    num_tokens: int = 16384,
+    num_tokens: int = 8192,
     sequence_length: int = 512,
     batch_size: int = 4,
     separator: str | None = None,

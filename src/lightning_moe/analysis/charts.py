@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lightning_moe.analysis.canvas import FAINT, INK, SERIES, Canvas, Number, Point, text_width, ticks
 
-_WIDTH, _PLOT = 640, 200
+# two side by side on a page
+_WIDTH, _PLOT = 500, 200
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def line_chart(
     low = min([low, *numbers])
     marks = ticks(low, high)
     left, top = max(text_width(f"{mark:g}") for mark in marks) + 20, 40 + 20 * len(lines)
-    right, bottom = _WIDTH - 16, top + _PLOT
+    right, bottom = _WIDTH - max(16, text_width(places[-1]) / 2 - 8), top + _PLOT
     canvas = Canvas(_WIDTH, bottom + 52)
     canvas.text(8, 16, title, size=14)
     for mark in marks:
@@ -101,7 +102,13 @@ def bar_chart(groups: Mapping[str, Mapping[str, Number]], *, title: str, digits:
             ends = sorted((zero, zero + value * per_unit))
             canvas.rectangle(ends[0], bar + 2, ends[1], bar + 16, colour=SERIES[number % len(SERIES)])
             place_of_number = (ends[1] + 6, "lm") if value >= 0 else (ends[0] - 6, "rm")
-            canvas.text(place_of_number[0], bar + 9, f"{value:+.{digits}f}", anchor=place_of_number[1], size=12)
+            canvas.text(
+                place_of_number[0],
+                bar + 9,
+                f"{round(value, digits) + 0.0:+.{digits}f}",
+                anchor=place_of_number[1],
+                size=12,
+            )
     canvas.line([(zero, top), (zero, top + height * len(groups))], colour=INK)
     return canvas
 

@@ -33,7 +33,8 @@ def add_similarity(
         batches: a sample of the first batch of each domain is what the experts compute on.
         generator: of what chance is compared with.
     """
-    moe = {layer.name: layer for layer in moe_layers(model).values()}
+    ran = {layer.name for layer in layers}
+    moe = {layer.name: layer for layer in moe_layers(model).values() if layer.name in ran}
     states = _sampled_inputs(model, moe, {batch.domain: batch for batch in reversed(batches)})
     results = []
     for analysis in layers:

@@ -13,8 +13,8 @@ Status = Literal["good", "watch", "bad", "note"]
 _STARVED = 0.05
 # of the largest MaxVio that is possible
 _UNEVEN, _COLLAPSED = 0.5, 0.8
-# of the loss: below, it does not matter which experts a token gets
-_WORTH = 0.005
+# of the loss: below, it hardly matters which experts a token gets
+_WORTH = 0.01
 _COPIES = 0.995
 _FLAT = 0.98
 
@@ -129,7 +129,7 @@ def _worth(analysis: Analysis) -> Finding | None:
         + (
             "So it matters which experts a token gets."
             if matters
-            else "So it hardly matters which experts a token gets: as in a model that was upcycled a short while ago."
+            else "So it hardly matters yet which experts a token gets, as is usual soon after upcycling."
         ),
     )
 
