@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import weakref
 from collections import Counter, defaultdict
 from functools import partial
 
@@ -50,7 +51,7 @@ from lightning_moe.analysis.interventions import (
 )
 from lightning_moe.analysis.similarity import expert_outputs
 from lightning_moe.analysis.texts import domain_batches, read_texts
-from lightning_moe.routing import notify
+from lightning_moe.routing import notify, observe_routing
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +198,14 @@ def test_likeness_of_weights_and_outputs(model, found):
         torch.testing.assert_close(outputs[e], (F.silu(gate) * up) @ experts.down_proj[e].T)
 
 
+@torch.no_grad()
 def test_outputs_are_compared_on_tokens_of_every_domain(model, found):
     first = {batch.domain: batch.input_ids for batch in reversed(batches_of())}
     inputs = defaultdict(list)
     for layer in moe_layers(model).values():
         layer.register_forward_pre_hook(lambda layer, given: inputs[layer.name].append(given[0].flatten(0, 1)))
-    with torch.no_grad():
-        for domain in sorted(first):
-            model(input_ids=first[domain])
+    for domain in sorted(first):
+        model(input_ids=first[domain])
     for layer in moe_layers(model).values():
         layer._forward_pre_hooks.clear()
     for layer in found.layers:
@@ -433,6 +434,27 @@ def test_checkpoints_of_another_model_are_refused(model):
     other = moe(num_hidden_layers=1)
     with pytest.raises(ValueError, match="step 1 has 1 MoE layers of 4 experts"):
         analyze(model, word_tokenizer(), data=DATA, earlier=[("step 1", other)], **SIZES)
+
+
+def test_sequences_are_no_longer_than_the_model_has_positions_for(model):
+    result = analyze(model, word_tokenizer(), data=DATA, studies=False, num_tokens=256, sequence_length=100)
+    assert result.sequence_length == model.config.max_position_embeddings == 64
+    assert result.tokens == {"prose": 256, "code": 256}
+
+
+def test_logits_are_not_kept(model):
+    seen, alive = [], []
+
+    def count(batches, what):
+        for batch in batches:
+            alive.append(sum(logits() is not None for logits in seen))
+            yield batch
+
+    stop = observe_routing(lambda name, routing, losses: seen.append(weakref.ref(routing.logits)))
+    analyze(model, word_tokenizer(), data=DATA, earlier=[("step", model)], progress=count, **SIZES)
+    stop()
+    assert len(seen) > 100
+    assert max(alive) == 0
 
 
 @pytest.mark.parametrize(

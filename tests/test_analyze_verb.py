@@ -37,11 +37,12 @@ def run(folder, *arguments):
 
 def test_the_verb_writes_the_report_of_a_series(place, tmp_path, capsys):
     out = tmp_path / "out"
-    domains = ["--data", "prose={}/prose.txt", "--data", "code={}/code.jsonl"]
+    domains = ["--data", "prose={}/prose.txt", "--data", "code={}/code.jsonl", "--temperatures", 0.5, 4]
     run(place, "--model", "{}/early", "--model", "{}/late", *domains, "--output", out)
     said = capsys.readouterr().out
     result = json.loads((out / "analysis.json").read_text())
     assert [one["name"] for one in result["checkpoints"]] == ["early", "late"]
+    assert [one["setting"] for one in result["studies"] if one["setting"]] == [0.5, 4.0]
     assert result["tokens"] == {"prose": 360, "code": 360}
     assert f"Written to {out}: open {out}/report.html." in said
     assert "balance: In the most uneven layer" in said

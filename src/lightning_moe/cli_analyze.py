@@ -100,10 +100,12 @@ def main(args: Sequence[str]) -> None:
     description = str(inspect.getdoc(analyze_checkpoints)).partition("\n\nArgs:")[0]
     parser = _Parser(prog="lightning-moe analyze", description=description, allow_abbrev=False)
     parser.add_argument("--config_file", action="config", help="YAML with all these options.")
-    parser.add_function_arguments(analyze_checkpoints, skip={"model", "data"})
+    parser.add_function_arguments(analyze_checkpoints, skip={"model", "data", "temperatures"})
     several: dict[str, Any] = {"nargs": "+", "type": str, "action": "extend", "required": True}
     parser.add_argument("--model", help="Directories of checkpoints, oldest first.", **several)
     parser.add_argument("--data", help="Domains, as name=file.", **several)
+    factors = "Factors of the router's logits to measure the loss at."
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 2.0], help=factors)
     given = parser.parse_args(list(args))
     options = {name: value for name, value in vars(given).items() if name != "config_file"}
     try:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_moe.analysis.collect import RoutingCollector
 from lightning_moe.analysis.forward import Progress, domain_losses
@@ -46,7 +47,7 @@ def analyze(
             that one is in memory at a time beside the model.
         name: what the model is called in the report.
         num_tokens: tokens of each domain to look at, at most.
-        sequence_length: tokens per sequence S.
+        sequence_length: tokens per sequence S; never more than the model has positions for.
         batch_size: sequences per batch B.
         separator: token between two documents; None takes the tokenizer's.
         min_count: tokens of an id below which its specialisation does not count.
@@ -70,6 +71,7 @@ def analyze(
         batch_size=(batch_size, 1),
         min_count=(min_count, 1),
     )
+    sequence_length = min(sequence_length, _num_positions(model) or sequence_length)
     batches = domain_batches(
         data,
         tokenizer,
@@ -129,6 +131,13 @@ class _Runner:
             losses = domain_losses(model, self.progress(self.batches, name), len(self.domains), before=before)
         _require_layers(collector, model, name)
         return collector, losses
+
+
+def _num_positions(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    text: Any = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found
 
 
 def _require_layers(collector: RoutingCollector, model: nn.Module, name: str) -> None:
