@@ -62,6 +62,21 @@ def analyze(
     Raises:
         ValueError: if a number is out of range, there is no domain, a domain holds no text, the model has no MoE layer,
             or the checkpoints differ in their layers.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from lightning_moe import UpcycleConfig, upcycle
+        >>> backend = Tokenizer(models.WordLevel({"?": 0, "to": 1, "be": 2, "def": 3, "end": 4}, unk_token="?"))
+        >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=5, bos_token_id=None, eos_token_id=None, **sizes))
+        >>> receipt = upcycle(model, UpcycleConfig(num_experts=4))
+        >>> texts = {"prose": ["to be to be to be"], "code": ["def end def end"]}
+        >>> found = analyze(model, tokenizer, data=texts, studies=False)
+        >>> found.tokens, sum(found.layers[0].load)
+        ({'prose': 6, 'code': 4}, 20.0)
     """
     _check(
         data,

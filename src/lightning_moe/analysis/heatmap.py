@@ -75,7 +75,7 @@ def heatmap(
     """
     num_columns = max(map(len, values))
     table = np.array([[*row, *[np.nan] * (num_columns - len(row))] for row in values], dtype=float)
-    cell_width, cell_height = max(6, min(largest_cell, 760 // num_columns)), max(6, min(24, 760 // len(rows)))
+    cell_width, cell_height = max(3, min(largest_cell, 760 // num_columns)), max(3, min(24, 760 // len(rows)))
     left = max(text_width(row_title), *(text_width(row) for row in rows)) + 18
     bottom, right = _TOP + cell_height * len(rows), left + cell_width * num_columns
     legend = max(bottom - _TOP, _SHORTEST_LEGEND)

@@ -104,7 +104,7 @@ def definitions(items: Sequence[Definition]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]], *, of_text: bool = False) -> str:
-    """A table; numbers have three digits after the point, what was not measured a dash."""
+    """A table; what was not measured is a dash."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(written(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     kind = ' class="text"' if of_text else ""
@@ -125,7 +125,10 @@ def written(value: str | int | float | None) -> str:
     """A cell of a table."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    if isinstance(value, float):
+        # small numbers keep two digits that are no zeros
+        return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def page(title: str, opening: str, sections: Sequence[Section]) -> str:
