@@ -1,5 +1,6 @@
 """The layer that replaces a dense FFN."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,75 @@ from lightning_moe.routing import Routing, is_observed, is_recomputing, limit_ca
 from lightning_moe.tokens import TokenContext
 
 
-class MoELayer(nn.Module):
+class RoutedLayer(nn.Module, ABC):
+    """What the callbacks train, balance and watch: a router and its experts, under a name, with balance losses.
+
+    With gradients on, the losses in ``balance_losses`` are computed from the layer's own routing, and their gradient is
+    injected into the graph, scaled by ``loss_scale`` (a 0-d float32 tensor that callbacks write before each backward);
+    the task loss itself is untouched.
+
+    Args:
+        name: the layer's name in its model, under which its routing is recorded.
+    """
+
+    router: nn.Module
+    experts: nn.Module
+    shared_experts: nn.Module | None
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.context = TokenContext()
+        self.balance_losses = nn.ModuleDict()
+        # No buffer: precision plugins would cast it, and 1/3 or a loss scale of 65536 is no half-precision number.
+        self.loss_scale = torch.ones((), dtype=torch.float32)
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """E, the number of experts that are FFNs."""
+
+    @property
+    @abstractmethod
+    def adapts_to_load(self) -> bool:
+        """Whether the router is to be told the load of each optimizer step."""
+
+    @abstractmethod
+    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+        """Tells the router the load of an optimizer step, see `Router.adapt`."""
+
+    @abstractmethod
+    def default_losses(self) -> list[BalanceLoss]:
+        """The balance losses to train with if nobody names others."""
+
+    def _watch_and_balance(self, x: Float[Tensor, "T _"], routing: Routing) -> Float[Tensor, "T _"]:
+        # Returns x, which must be used: the gradient of the balance losses comes with its own.
+        # not self.training: transformers' from_pretrained leaves a model in evaluation mode, and Lightning trains it so
+        injecting, observed = torch.is_grad_enabled(), is_observed()
+        if injecting and self.loss_scale.device != x.device:
+            self.loss_scale = self.loss_scale.to(x.device)
+        losses: dict[str, Tensor] = {}
+        total = torch.zeros((), device=x.device)
+        for name, loss in self.balance_losses.items():
+            assert isinstance(loss, BalanceLoss)
+            # without gradients only if somebody looks, or if the loss counts: reentrant checkpointing has none at first
+            if not injecting and not observed and not (loss.counts and self.training):
+                continue
+            losses[name] = loss(routing)
+            total = total + loss.coefficient * losses[name]
+        if injecting and losses:
+            x = _InjectGradient.apply(x, total, self.loss_scale)
+        if observed:
+            notify(self.name, routing, losses)
+        return x
+
+
+class MoELayer(RoutedLayer):
     """A router and its experts in the place of a dense FFN: same input, same output.
 
     ``out[t] = sum over the assignments n of token t of weights[n] * expert_n(x[t]) + sum_s shared_expert_s(x[t])``.
 
-    Balance losses are attached by callbacks, as modules in ``balance_losses``. With gradients on, the layer computes
-    them from its own routing and injects their gradient into the graph at its output, scaled by ``loss_scale`` (a 0-d
-    float32 tensor that callbacks write before each backward); the task loss itself is untouched.
+    Balance losses are attached by callbacks, as modules in ``balance_losses``; their gradient comes in at the output.
 
     Args:
         router: decides which token goes where.
@@ -52,26 +114,39 @@ class MoELayer(nn.Module):
         dropout: float = 0.0,
         name: str = "moe",
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         if router.num_experts != experts.num_experts:
             raise ValueError(f"{name}: a router of {router.num_experts} experts cannot serve {experts.num_experts}.")
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f"{name}: capacity_factor={capacity_factor}, wanted a number > 0, or None for no limit.")
-        self.router = router
-        self.experts = experts
-        self.shared_experts = shared_experts
+        self.router: Router = router
+        self.experts: Experts = experts
+        self.shared_experts: Experts | None = shared_experts
         self.capacity_factor = capacity_factor
         self.dropout = nn.Dropout(dropout)
-        self.name = name
-        self.context = TokenContext()
         # among the layers that share the context: where routers build on each other's logits
         self.position = 0
         self.is_last = True
         self._previous_logits: Tensor | None = None
-        self.balance_losses = nn.ModuleDict()
-        # No buffer: precision plugins would cast it, and 1/3 or a loss scale of 65536 is no half-precision number.
-        self.loss_scale = torch.ones((), dtype=torch.float32)
         self.register_load_state_dict_pre_hook(_explain_mismatch)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts.num_experts
+
+    @property
+    def adapts_to_load(self) -> bool:
+        """As the router's class says."""
+        return self.router.adapts_to_load
+
+    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+        """Tells the router."""
+        self.router.adapt(load)
+
+    def default_losses(self) -> list[BalanceLoss]:
+        """Those of the router's paper, see `Router.balance_losses`."""
+        return self.router.balance_losses()
 
     def forward(self, hidden_states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Routes each token to its experts and returns the weighted sum of their outputs."""
@@ -121,26 +196,6 @@ class MoELayer(nn.Module):
         y, rows = self.experts.outputs(x, routing)
         in_order = y.new_zeros(len(routing.expert_ids), y.shape[1]).index_copy(0, rows.order, y)
         return combine(y, rows, routing), replace(routing, outputs=in_order)
-
-    def _watch_and_balance(self, out: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        # not self.training: transformers' from_pretrained leaves a model in evaluation mode, and Lightning trains it so
-        injecting, observed = torch.is_grad_enabled(), is_observed()
-        if injecting and self.loss_scale.device != out.device:
-            self.loss_scale = self.loss_scale.to(out.device)
-        losses: dict[str, Tensor] = {}
-        total = torch.zeros((), device=out.device)
-        for name, loss in self.balance_losses.items():
-            assert isinstance(loss, BalanceLoss)
-            # without gradients only if somebody looks, or if the loss counts: reentrant checkpointing has none at first
-            if not injecting and not observed and not (loss.counts and self.training):
-                continue
-            losses[name] = loss(routing)
-            total = total + loss.coefficient * losses[name]
-        if injecting and losses:
-            out = _InjectGradient.apply(out, total, self.loss_scale)
-        if observed:
-            notify(self.name, routing, losses)
-        return out
 
 
 class _InjectGradient(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.routing import MoEWarning, is_recomputing
 
@@ -60,11 +62,15 @@ class TokenContext:
         mask = found.get("attention_mask")
         return Tokens(found.get("input_ids"), None if mask is None else mask.bool())
 
-    def watch(self, model: nn.Module) -> None:
-        """Notes ``input_ids`` and ``attention_mask`` of each forward of a model, given by name or position."""
+    def watch(self, model: nn.Module) -> RemovableHandle:
+        """Notes ``input_ids`` and ``attention_mask`` of each forward of a model, given by name or position.
+
+        Returns:
+            What ends it.
+        """
         parameters = tuple(inspect.signature(model.forward).parameters)
         # no closure: a deep copy or a pickle of the model takes its own context along
-        model.register_forward_pre_hook(partial(self._note_inputs, parameters), with_kwargs=True)
+        return model.register_forward_pre_hook(partial(self._note_inputs, parameters), with_kwargs=True)
 
     def _note_inputs(
         self, parameters: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,3 +110,19 @@ def takes_tokens(module: nn.Module) -> bool:
 def takes_pixels(module: nn.Module) -> bool:
     """Whether a module is a vision model: its forward takes ``pixel_values``."""
     return "pixel_values" in inspect.signature(module.forward).parameters
+
+
+def text_model_around(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Finds the innermost text model that a module is part of, by its path; None in a vision tower, or alone.
+
+    In a vision-language model the vision tower has no token ids, and its patches must not meet the text's padding mask.
+
+    Args:
+        modules: all modules of the model, by path.
+        name: path of the module.
+    """
+    parts = name.split(".")
+    ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+    # A vision tower ends the search; and so does a model of both, whose text has a model of its own inside.
+    home = next((path for path in ancestors if takes_tokens(modules[path]) or takes_pixels(modules[path])), None)
+    return None if home is None or takes_pixels(modules[home]) else home

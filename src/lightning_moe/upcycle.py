@@ -18,7 +18,7 @@ from lightning_moe.planning import LayerPlan, check_sizes, plan_layer
 from lightning_moe.receipt import Receipt, num_bytes, num_parameters
 from lightning_moe.routers import Router
 from lightning_moe.routing import MoEWarning
-from lightning_moe.tokens import TokenContext, takes_pixels, takes_tokens
+from lightning_moe.tokens import TokenContext, text_model_around
 
 
 def upcycle(
@@ -183,19 +183,12 @@ def _put_in(model: nn.Module, name: str, layer: MoELayer, absorbed: Sequence[str
 
 
 def _share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tuple[TokenContext, nn.Module]]:
-    # Each layer listens to the innermost text model around it: in a vision-language model the vision tower has no
-    # token ids, and its patches must not meet the text's padding mask.
+    # each layer listens to the innermost text model around it
     contexts: dict[str | None, TokenContext] = {}
     members: dict[str | None, list[MoELayer]] = {}
     modules = dict(model.named_modules())
     for name, layer in layers.items():
-        parts = name.split(".")
-        ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-        # A vision tower ends the search, as its patches must not meet the text's padding mask; and so does a model of
-        # both, whose text has a model of its own inside.
-        home = next((path for path in ancestors if takes_tokens(modules[path]) or takes_pixels(modules[path])), None)
-        if home is not None and takes_pixels(modules[home]):
-            home = None
+        home = text_model_around(modules, name)
         layer.context = contexts.setdefault(home, TokenContext())
         members.setdefault(home, []).append(layer)
     for group in members.values():
