@@ -49,7 +49,7 @@ class RoutedLayer(nn.Module, ABC):
         """Whether the router is to be told the load of each optimizer step."""
 
     @abstractmethod
-    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+    def adapt(self, load: Float[Tensor, " choices"], scale: int | float = 1.0) -> None:
         """Tells the router the load of an optimizer step, see `Router.adapt`."""
 
     @abstractmethod
@@ -140,9 +140,10 @@ class MoELayer(RoutedLayer):
         """As the router's class says."""
         return self.router.adapts_to_load
 
-    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+    def adapt(self, load: Float[Tensor, " choices"], scale: int | float = 1.0) -> None:
         """Tells the router."""
-        self.router.adapt(load)
+        # without the argument where it says nothing: a router of a user's own may not have it
+        self.router.adapt(load, *() if scale == 1 else (scale,))
 
     def default_losses(self) -> list[BalanceLoss]:
         """Those of the router's paper, see `Router.balance_losses`."""

@@ -72,11 +72,12 @@ class Router(nn.Module, ABC):
         """The losses that this router's paper trains it with; `MoEUpcycleCallback` takes them if not told otherwise."""
         return [LoadBalancingLoss(), ZLoss()]
 
-    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+    def adapt(self, load: Float[Tensor, " choices"], scale: int | float = 1.0) -> None:
         """Adapts what no gradient trains. Called once after each optimizer step, where ``adapts_to_load``.
 
         Args:
             load: assignments per choice, over all ranks and accumulated micro-batches, padding left out.
+            scale: factor of the step, where `ExpertBiasCallback` has a schedule.
         """
 
     def zero_computation(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"] | None:

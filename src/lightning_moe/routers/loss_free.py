@@ -101,9 +101,9 @@ class LossFreeRouter(TokenChoiceRouter):
         """The small loss per sequence that DeepSeek-V3 has beside the bias."""
         return [LoadBalancingLoss(1e-4, scope="sequence")]
 
-    def adapt(self, load: Float[Tensor, " choices"]) -> None:
+    def adapt(self, load: Float[Tensor, " choices"], scale: int | float = 1.0) -> None:
         """Moves the bias towards the experts with a load below the mean."""
-        step = torch.sign(load.mean() - load) * self.bias_rate
+        step = torch.sign(load.mean() - load) * (self.bias_rate * scale)
         self.expert_bias += step.to(self.expert_bias.dtype)
 
     def forward(self, x: Float[Tensor, "T D"], tokens: Tokens | None = None) -> Routing:
