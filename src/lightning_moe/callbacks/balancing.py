@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import require_moe_layers, set_loss_scale
-from lightning_moe.layer import MoELayer
+from lightning_moe.callbacks.base import require_routed_layers, set_loss_scale
+from lightning_moe.layer import RoutedLayer
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss
+from lightning_moe.native import NativeMoE, own_losses
+from lightning_moe.routing import MoEWarning
 from lightning_moe.schedules import AnySchedule
 
 
@@ -25,7 +28,8 @@ class BalanceLossCallback(Callback):
 
     Args:
         losses: which losses, with their coefficients; each applies to each layer, with a state of its own there if it
-            has any. None takes those of each layer's router, see `Router.balance_losses`.
+            has any. None takes those of each layer's router, see `Router.balance_losses`; of a MoE block that the model
+            brings itself, `LoadBalancingLoss` with the coefficient in the model's configuration.
         schedules: name of a loss, as ``"load_balancing_loss"``, to what its coefficient is multiplied by: any function
             of the number of optimizer steps done.
         layer_weights: what the coefficients are multiplied by in each MoE layer, in the order of the model.
@@ -55,8 +59,9 @@ class BalanceLossCallback(Callback):
         self.layer_weights = layer_weights
         self.manual_accumulation = manual_accumulation
         self._coefficients: dict[int, float] = {}
-        self._layers: dict[str, MoELayer] = {}
+        self._layers: dict[str, RoutedLayer] = {}
         self._attached: dict[str, list[BalanceLoss]] = {}
+        self._own: list[tuple[Any, int | float]] = []
         self._restored: dict[str, dict[str, Tensor]] | None = None
         names = [loss.name for loss in self.losses or ()]
         if len(set(names)) != len(names):
@@ -64,22 +69,43 @@ class BalanceLossCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the losses to the layers."""
-        self._layers = require_moe_layers(self, pl_module)
+        self._layers = require_routed_layers(self, pl_module)
         window = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.manual_accumulation
         shared: dict[str, BalanceLoss] = {}
         for name, layer in self._layers.items():
-            losses = layer.router.balance_losses() if self.losses is None else self.losses
+            losses = layer.default_losses() if self.losses is None else self.losses
             # a copy, unless one object is to serve all layers: a loss may keep a state of its layer
             attached = [
                 shared.setdefault(loss.name, copy.deepcopy(loss)) if loss.shared else copy.deepcopy(loss)
                 for loss in losses
             ]
+            self._attached[name] = attached
             for loss in attached:
                 if isinstance(loss, LoadBalancingLoss):
                     loss.window = window
+                if loss.needs_outputs and isinstance(layer, NativeMoE):
+                    raise MisconfigurationException(
+                        f"{type(loss).__name__} looks at the experts' outputs, which {name}, a block of the model's "
+                        "own, does not show. Leave the loss out."
+                    )
                 layer.balance_losses[loss.name] = loss
-            self._attached[name] = attached
         self._weigh()
+        self._turn_off_own_losses(pl_module)
+
+    def _turn_off_own_losses(self, pl_module: LightningModule) -> None:
+        # those of models with MoE blocks of their own, which their forward adds to the loss
+        if not any(losses and isinstance(self._layers[name], NativeMoE) for name, losses in self._attached.items()):
+            return
+        for owner, is_on in own_losses(pl_module):
+            self._own.append((owner, owner.router_aux_loss_coef))
+            owner.router_aux_loss_coef = 0.0
+            if is_on:
+                rank_zero_warn(
+                    f"{type(owner).__name__} has a balance loss of its own (output_router_logits=True), which is off "
+                    "while BalanceLossCallback trains it: it would count twice. Set output_router_logits=False in the "
+                    "model's configuration, or leave this callback out.",
+                    category=MoEWarning,
+                )
 
     def _weigh(self) -> None:
         # what each loss counts where nothing is scheduled
@@ -145,7 +171,9 @@ class BalanceLossCallback(Callback):
                 if loss.name in layer.balance_losses:
                     del layer.balance_losses[loss.name]
             layer.loss_scale = torch.ones_like(layer.loss_scale)
-        self._layers, self._attached = {}, {}
+        for owner, coefficient in self._own:
+            owner.router_aux_loss_coef = coefficient
+        self._layers, self._attached, self._own = {}, {}, []
 
     def _by_key(self) -> Iterator[tuple[str, BalanceLoss]]:
         for name, losses in self._attached.items():

@@ -17,23 +17,31 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.layer import RoutedLayer
+from lightning_moe.native import attach_native, routed_layers, unknown_routers
 from lightning_moe.routing import Routing, observe_routing
 
 
-def require_moe_layers(callback: Callback, pl_module: LightningModule) -> dict[str, MoELayer]:
-    """Finds the module's MoE layers by name.
+def require_routed_layers(callback: Callback, pl_module: LightningModule) -> dict[str, RoutedLayer]:
+    """Finds the module's MoE layers, and the MoE blocks that a Hugging Face model brings itself, by name.
 
     Raises:
         MisconfigurationException: if it has none.
     """
-    layers = moe_layers(pl_module)
-    if not layers:
+    attach_native(pl_module)
+    if layers := routed_layers(pl_module):
+        return layers
+    place = f"{type(callback).__name__}: {type(pl_module).__name__}"
+    if unknown := unknown_routers(pl_module):
         raise MisconfigurationException(
-            f"{type(callback).__name__}: {type(pl_module).__name__} has no MoE layer. Upcycle the model first, or put "
-            "MoEUpcycleCallback(UpcycleConfig(...)) before this callback in the Trainer's list."
+            f"{place} has MoE blocks of its own, but their router ({', '.join(unknown)}) is not one that is known. See "
+            "lightning_moe.native.NATIVE_ROUTERS for those that are."
         )
-    return layers
+    raise MisconfigurationException(
+        f"{place} has no MoE layer. Upcycle the model first, or put MoEUpcycleCallback(UpcycleConfig(...)) before this "
+        "callback in the Trainer's list. Models with MoE blocks of their own (Mixtral, Qwen3-MoE, OLMoE, ...) need "
+        "neither."
+    )
 
 
 class RoutingCallback(Callback, ABC):
@@ -44,7 +52,7 @@ class RoutingCallback(Callback, ABC):
 
     def __init__(self) -> None:
         # by the name under which a layer records
-        self._layers: dict[str, MoELayer] = {}
+        self._layers: dict[str, RoutedLayer] = {}
         self._stop: Callable[[], None] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -84,7 +92,7 @@ class RoutingCallback(Callback, ABC):
 
 
 def set_loss_scale(
-    trainer: Trainer, pl_module: LightningModule, layers: Sequence[MoELayer], loss: Tensor, manual_accumulation: int
+    trainer: Trainer, pl_module: LightningModule, layers: Sequence[RoutedLayer], loss: Tensor, manual_accumulation: int
 ) -> None:
     """Makes the layers inject their balance losses as if these had been added to ``loss``.
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_moe.callbacks.base import RoutingCallback, require_moe_layers
+from lightning_moe.callbacks.base import RoutingCallback, require_routed_layers
 from lightning_moe.callbacks.coactivation import Coactivation
 from lightning_moe.callbacks.dashboard import about, layout
 from lightning_moe.callbacks.heatmap import coactivation_heatmaps, load_heatmap
@@ -66,12 +66,12 @@ class ExpertUtilizationCallback(RoutingCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares the counters."""
-        self._layers = {layer.name: layer for layer in require_moe_layers(self, pl_module).values()}
-        num_experts = {name: layer.experts.num_experts for name, layer in self._layers.items()}
+        self._layers = {layer.name: layer for layer in require_routed_layers(self, pl_module).values()}
+        num_experts = {name: layer.num_experts for name, layer in self._layers.items()}
         losses = {name: list(layer.balance_losses) for name, layer in self._layers.items()}
         self._statistics = RoutingStatistics(num_experts, losses)
         self._coactivation = Coactivation(num_experts if self.images_every_n_logs else {})
-        self._probe = SelectionProbe({name: layer.router for name, layer in self._layers.items()})
+        self._probe = SelectionProbe(self._layers)
         self._probe.attach()
         self._throughput = Throughput(pl_module, self._layers)
         log_text(trainer, "moe/about", about(self._statistics.loss_names))

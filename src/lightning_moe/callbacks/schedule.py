@@ -9,9 +9,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import require_moe_layers, uses_deepspeed
-from lightning_moe.layer import MoELayer
+from lightning_moe.callbacks.base import require_routed_layers, uses_deepspeed
+from lightning_moe.layer import RoutedLayer
 from lightning_moe.schedules import AnySchedule
+
+# numbers of a router that say how large it is
+_SIZES = {"hidden_size", "hidden_dim", "num_experts", "in_features", "out_features"}
 
 Part = Literal["routers", "experts", "shared_experts", "dense"]
 
@@ -79,11 +82,11 @@ class RouterScheduleCallback(Callback):
             )
         self.values = values
         self.freeze = freeze
-        self._layers: dict[str, MoELayer] = {}
+        self._layers: dict[str, RoutedLayer] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks whether every router has these numbers and takes all that they will be."""
-        self._layers = require_moe_layers(self, pl_module)
+        self._layers = require_routed_layers(self, pl_module)
         if self.freeze and uses_deepspeed(trainer):
             raise MisconfigurationException(
                 "RouterScheduleCallback: freeze has no effect under DeepSpeed, whose optimizers hold flattened copies. "
@@ -107,30 +110,34 @@ class RouterScheduleCallback(Callback):
             for parameter in self._parameters(pl_module, part):
                 parameter.grad = None
 
-    def _check(self, name: str, layer: MoELayer, key: str) -> None:
+    def _check(self, name: str, layer: RoutedLayer, key: str) -> None:
         value = getattr(layer.router, key, None)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             numbers = [k for k, v in vars(layer.router).items() if type(v) in (int, float) and not k.startswith("_")]
-            known = sorted(set(numbers) - {"hidden_size", "num_experts"})
+            known = sorted(set(numbers) - _SIZES)
             raise MisconfigurationException(
                 f"values: {name}.router, a {type(layer.router).__name__}, has no number {key!r} to schedule. It has: "
                 f"{', '.join(known) or 'none'}."
             )
 
-    def _fitting(self, name: str, layer: MoELayer, key: str, value: int | float) -> int | float:
+    def _fitting(self, name: str, layer: RoutedLayer, key: str, value: int | float) -> int | float:
         if not isinstance(getattr(layer.router, key), int):
             return float(value)
         whole = round(value)
-        if key == "top_k" and not 1 <= whole <= layer.router.num_experts:
+        if key == "top_k" and not 1 <= whole <= layer.num_experts:
             raise MisconfigurationException(
-                f"values: the schedule of top_k gives {value} to {name}; wanted 1 to {layer.router.num_experts}."
+                f"values: the schedule of top_k gives {value} to {name}; wanted 1 to {layer.num_experts}."
             )
         return whole
 
     def _parameters(self, pl_module: LightningModule, part: Part) -> list[nn.Parameter]:
+        layers = self._layers.values()
+        places = {
+            "routers": [layer.router for layer in layers],
+            "experts": [layer.experts for layer in layers],
+            "shared_experts": [layer.shared_experts for layer in layers if layer.shared_experts is not None],
+        }
         if part == "dense":
-            moe = {id(p) for layer in self._layers.values() for p in layer.parameters()}
+            moe = {id(p) for modules in places.values() for module in modules for p in module.parameters()}
             return [p for p in pl_module.parameters() if id(p) not in moe]
-        places = {"routers": "router", "experts": "experts", "shared_experts": "shared_experts"}
-        modules = [getattr(layer, places[part]) for layer in self._layers.values()]
-        return [p for module in modules if module is not None for p in module.parameters()]
+        return [p for module in places[part] for p in module.parameters()]
