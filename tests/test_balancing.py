@@ -31,6 +31,7 @@ from lightning_moe import (
     MoEWarning,
     ReMoERouter,
     Routing,
+    StepSchedule,
     TCMoERouter,
     TopKRouter,
     UpcycleConfig,
@@ -81,7 +82,7 @@ def biases(module):
     return {name: layer.router.expert_bias.clone() for name, layer in moe_layers(module).items()}
 
 
-def by_hand(data, accumulation, rate=0.25):
+def by_hand(data, accumulation, schedule=lambda step: 1):
     """The biases after each step of a model that does not learn: counts by hand, one update per step."""
     module = ForeignModule(lr=0.0)
     upcycle(module, bias_config())
@@ -96,6 +97,7 @@ def by_hand(data, accumulation, rate=0.25):
                     if routing.token_mask is None or routing.token_mask[token]:
                         counts[name][expert] += 1
         for name, layer in moe_layers(module).items():
+            rate = 0.25 * schedule(len(steps))
             layer.router.expert_bias += rate * torch.sign(counts[name].mean() - counts[name])
         steps.append(biases(module))
     return steps
@@ -112,6 +114,16 @@ def test_the_bias_moves_once_per_step_by_all_that_was_chosen(tmp_path, accumulat
     assert any(bias.any() for bias in wanted.values())
     for name, bias in biases(module).items():
         assert torch.equal(bias, wanted[name]), name
+
+
+def test_the_bias_rate_follows_a_schedule(tmp_path):
+    data, module, schedule = batches(4), ForeignModule(lr=0.0), StepSchedule({0: 1, 1: 0.5, 3: 0})
+    callbacks = [MoEUpcycleCallback(bias_config()), ExpertBiasCallback(schedule=schedule)]
+    trainer_of(tmp_path, callbacks).fit(module, loader(data))
+    steps = by_hand(data, 1, schedule)
+    for name, bias in biases(module).items():
+        assert torch.equal(bias, steps[-1][name])
+        assert not torch.equal(bias, by_hand(data, 1)[-1][name])
 
 
 def test_the_bias_counts_once_under_activation_checkpointing(tmp_path):
