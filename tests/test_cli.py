@@ -180,7 +180,7 @@ def test_all_that_the_callback_takes_can_be_written_in_yaml(cli):
     ((name, layer),) = moe_layers(done.model).items()
     assert name == LAYERS[1]
     assert (layer.router.top_k, layer.router.normalize, layer.router.noise_std) == (1, False, 0.1)
-    (values,) = {frozenset(step) for step in logged(done.trainer.logger.log_dir).values()}
+    values = set().union(*logged(done.trainer.logger.log_dir).values())
     assert "moe/z_loss" in values
     assert "moe/load_balancing_loss" not in values
     assert not any(key.startswith("moe_") for key in values)

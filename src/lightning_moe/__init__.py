@@ -87,6 +87,7 @@ from lightning_moe.metrics import (
     UtilizationQuantiles,
     VocabularySpecialization,
 )
+from lightning_moe.native import attach_native, detach_native, routed_layers
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import (
     ROUTERS,
@@ -275,7 +276,9 @@ __all__ = [
     "ZeroRouterInit",
     "__version__",
     "analyze",
+    "attach_native",
     "combine",
+    "detach_native",
     "dispatch",
     "expand",
     "expert_load",
@@ -285,6 +288,7 @@ __all__ = [
     "load_moe",
     "moe_layers",
     "record_routing",
+    "routed_layers",
     "save_moe",
     "upcycle",
     "write_report",

@@ -17,6 +17,7 @@ from lightning_moe.analysis.verdict import summary
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.corpus import find_files
 from lightning_moe.module import load_model
+from lightning_moe.native import attach_native
 
 
 def analyze_checkpoints(
@@ -128,7 +129,10 @@ class _Parser(ArgumentParser):
 
 def _load(path: str) -> nn.Module:
     # the one place that knows which kinds of model there are
-    return load_model(path, "AutoModelForCausalLM", "auto")
+    model = load_model(path, "AutoModelForCausalLM", "auto")
+    # a model that is MoE by itself; of ours, and of dense ones, this finds nothing
+    attach_native(model)
+    return model
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

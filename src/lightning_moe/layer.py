@@ -56,6 +56,20 @@ class RoutedLayer(nn.Module, ABC):
     def default_losses(self) -> list[BalanceLoss]:
         """The balance losses to train with if nobody names others."""
 
+    @property
+    @abstractmethod
+    def parameters_per_expert(self) -> float:
+        """Parameters that one expert has for itself."""
+
+    @property
+    def routes_by_states(self) -> bool:
+        """Whether hidden states alone say where a token goes, see `route`."""
+        return True
+
+    @abstractmethod
+    def route(self, x: Float[Tensor, "T D"]) -> Routing:
+        """Asks the router, where ``routes_by_states``; this counts as no forward of the layer."""
+
     def _watch_and_balance(self, x: Float[Tensor, "T _"], routing: Routing) -> Float[Tensor, "T _"]:
         # Returns x, which must be used: the gradient of the balance losses comes with its own.
         # not self.training: transformers' from_pretrained leaves a model in evaluation mode, and Lightning trains it so
@@ -134,6 +148,21 @@ class MoELayer(RoutedLayer):
     def num_experts(self) -> int:
         """E."""
         return self.experts.num_experts
+
+    @property
+    def parameters_per_expert(self) -> float:
+        """As the experts say, which may share some."""
+        return self.experts.parameters_per_expert
+
+    @property
+    def routes_by_states(self) -> bool:
+        """Not by token ids, nor by the logits of the layer before."""
+        return not (self.router.uses_token_ids or self.router.uses_previous_logits)
+
+    def route(self, x: Float[Tensor, "T D"]) -> Routing:
+        """Asks the router."""
+        routing: Routing = self.router(x)
+        return routing
 
     @property
     def adapts_to_load(self) -> bool:

@@ -88,6 +88,7 @@ class NativeMoE(RoutedLayer):
         self.loss_coefficient = loss_coefficient
         self.bias_rate: int | float = 1e-3
         self._sequence_length: int | None = None
+        self._asking = False
         # bound methods and no closures: a deep copy of the model takes a copy of this along
         self._handles = [
             block.register_forward_pre_hook(self._note_length, with_kwargs=True),
@@ -134,6 +135,25 @@ class NativeMoE(RoutedLayer):
             return [LoadBalancingLoss(1e-4, scope="sequence")]
         return [LoadBalancingLoss(), ZLoss()] if self.scores is softmax_scores else [LoadBalancingLoss()]
 
+    @property
+    def parameters_per_expert(self) -> float:
+        """Those of all experts, divided by their number."""
+        return sum(parameter.numel() for parameter in self.experts.parameters()) / self.num_experts
+
+    def tokens(self, num_tokens: int) -> Tokens:
+        """What is known of the T tokens of the forward at hand."""
+        length = self._sequence_length
+        return Tokens() if length is None else self.context.tokens(num_tokens // max(length, 1), length)
+
+    def route(self, x: Float[Tensor, "T D"]) -> Routing:
+        """Asks the router, past the hook."""
+        self._asking = True
+        try:
+            logits, weights, expert_ids = self.router(x)
+        finally:
+            self._asking = False
+        return self._routing_of(logits, weights, expert_ids, Tokens())
+
     def detach_hooks(self) -> None:
         """Leaves the model."""
         for handle in self._handles if self.listening is None else [*self._handles, self.listening]:
@@ -154,7 +174,7 @@ class NativeMoE(RoutedLayer):
     def _after_router(
         self, router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if not self.balance_losses and not is_observed():
+        if self._asking or (not self.balance_losses and not is_observed()):
             return None
         if self.training != router.training:
             # no child of the model, which would tell it: losses that count ask for it
@@ -165,14 +185,21 @@ class NativeMoE(RoutedLayer):
     def _routing(
         self, logits: Float[Tensor, "T E"], weights: Float[Tensor, "T K"], expert_ids: Int[Tensor, "T K"]
     ) -> Routing:
-        num_tokens, length = logits.shape[0], self._sequence_length
-        tokens = Tokens() if length is None else self.context.tokens(num_tokens // max(length, 1), length)
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        with torch.autocast(logits.device.type, enabled=False):
-            routing = token_choice(exact, self.scores(exact), expert_ids, weights, tokens)
         looked_at = any(loss.needs_gate for loss in self.balance_losses.values())
         gate = self.router.get_parameter("weight") if looked_at else None
-        return replace(routing, sequence_length=length, gate=gate)
+        routing = self._routing_of(logits, weights, expert_ids, self.tokens(len(logits)))
+        return replace(routing, sequence_length=self._sequence_length, gate=gate)
+
+    def _routing_of(
+        self,
+        logits: Float[Tensor, "T E"],
+        weights: Float[Tensor, "T K"],
+        expert_ids: Int[Tensor, "T K"],
+        tokens: Tokens,
+    ) -> Routing:
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        with torch.autocast(logits.device.type, enabled=False):
+            return token_choice(exact, self.scores(exact), expert_ids, weights, tokens)
 
 
 def attach_native(model: nn.Module) -> dict[str, NativeMoE]:

@@ -65,8 +65,17 @@ class ExpertUtilizationCallback(RoutingCallback):
         self._last_drawn = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepares the counters."""
+        """Finds the layers."""
         self._layers = {layer.name: layer for layer in require_routed_layers(self, pl_module).values()}
+        if not trainer.loggers:
+            rank_zero_warn(
+                "ExpertUtilizationCallback has no logger to write to: pass `logger=` to the Trainer, or leave the "
+                "callback out. Its aggregates still reach `trainer.callback_metrics`.",
+                category=MoEWarning,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepares the counters, now that all losses are attached; takes up the counts of a checkpoint."""
         num_experts = {name: layer.num_experts for name, layer in self._layers.items()}
         losses = {name: list(layer.balance_losses) for name, layer in self._layers.items()}
         self._statistics = RoutingStatistics(num_experts, losses)
@@ -76,17 +85,6 @@ class ExpertUtilizationCallback(RoutingCallback):
         self._throughput = Throughput(pl_module, self._layers)
         log_text(trainer, "moe/about", about(self._statistics.loss_names))
         log_layout(trainer, layout(self._statistics.loss_names, per_layer=self._logs_layers()))
-        if not trainer.loggers:
-            rank_zero_warn(
-                "ExpertUtilizationCallback has no logger to write to: pass `logger=` to the Trainer, or leave the "
-                "callback out. Its aggregates still reach `trainer.callback_metrics`.",
-                category=MoEWarning,
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes up the counts of a checkpoint, and starts the clock."""
-        if self._throughput is not None:
-            self._throughput.start()
         restored = self.__dict__.pop("_restored", None)
         if restored is None:
             return

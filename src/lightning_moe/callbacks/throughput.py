@@ -10,7 +10,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_moe.layer import MoELayer
+from lightning_moe.layer import RoutedLayer
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,12 +30,11 @@ class Throughput:
         layers: its MoE layers.
     """
 
-    def __init__(self, module: nn.Module, layers: Mapping[str, MoELayer]) -> None:
-        experts = [layer.experts for layer in layers.values()]
+    def __init__(self, module: nn.Module, layers: Mapping[str, RoutedLayer]) -> None:
         self._per_expert = [
-            one.parameters_per_expert * max(map(_operations, one.parameters()), default=6) for one in experts
+            layer.parameters_per_expert * max(map(_operations, layer.experts.parameters())) for layer in layers.values()
         ]
-        all_experts = sum(one.num_experts * per for one, per in zip(experts, self._per_expert, strict=True))
+        all_experts = sum(layer.num_experts * per for layer, per in zip(layers.values(), self._per_expert, strict=True))
         self._fixed = sum(_operations(p) * p.numel() for p in _multiplied(module)) - all_experts
         self._attention = _attention_width(module)
         # of a sharded parameter the whole size is not known here
