@@ -46,7 +46,7 @@ class Timed(ExpertUtilizationCallback):
         """Puts a stopwatch on the look at the routers too."""
         super().on_fit_start(trainer, pl_module)
         self._probe.detach()
-        self._probe._look = self._timed(self._probe._look)  # type: ignore[method-assign]
+        self._probe._look = self._timed(self._probe._look)
         self._probe.attach()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -110,12 +110,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="steps, behind ten of warming up (default: %(default)s)")
     parser.add_argument("--every", type=int, default=10, help="steps from log to log (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one step: does it run?")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    found = measure(args.steps, args.every)
+    start = time.time()
+    found = measure(1 if args.quick else args.steps, args.every)
     print(f"monitoring: {100 * found['share']:.2f} % of the CPU time, {found['milliseconds_per_step']:.1f} ms a step")
-    config = {"steps": args.steps, "log_every_n_steps": args.every, "warmup": WARMUP, "tokens_per_step": 1024}
-    print(write_result("monitoring", {"config": config, **environment(torch.get_num_threads()), "result": found}))
+    config = {"log_every_n_steps": args.every, "warmup": WARMUP, "tokens_per_step": 1024, "rounds": 1}
+    record = {"config": config, "quick": args.quick, "seed": 0, **environment(torch.get_num_threads()), "case": found}
+    print(write_result("monitoring", {**record, "wall_seconds": round(time.time() - start, 1)}))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,20 @@ def step_zero(record: Record) -> list[str]:
     return _table(header, rows)
 
 
+def monitoring(record: Record) -> list[str]:
+    """One row."""
+    case, every = record["case"], record["config"]["log_every_n_steps"]
+    header = ["a log every", "steps measured", "CPU seconds a step", "of these in the callback", "share"]
+    row = [
+        f"{every} steps",
+        str(case["steps"]),
+        f"{case['cpu_seconds_per_step']:.1f}",
+        f"{case['milliseconds_per_step']:.0f} ms",
+        f"{100 * case['share']:.2f} %",
+    ]
+    return _table(header, [row])
+
+
 def _spread(figure: dict[str, float]) -> str:
     return f"{figure['median']:.2f} [{figure['q1']:.2f}, {figure['q3']:.2f}]"
 
@@ -176,6 +190,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Record], list[str]], tuple[Path, ...]]] = 
     "router_cost": (router_cost, (README, WHICH_ROUTER)),
     "upcycle_memory": (upcycle_memory, (README,)),
     "step_zero": (step_zero, (README,)),
+    "monitoring": (monitoring, (README,)),
 }
 
 

@@ -636,11 +636,12 @@ def test_a_model_with_neither_says_what_would_help(tmp_path):
         trainer_of(tmp_path, [BalanceLossCallback()]).fit(Dense(Unknown(2, 2)), loader(batches(1)))
 
 
-def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["native.md", "dashboard.md"])
+def test_the_example_of_the_documentation(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "native.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / name).read_text()
     exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
-    assert "tensor([" in capsys.readouterr().out
+    assert "tensor(" in capsys.readouterr().out
 
 
 # --- torch.compile ---

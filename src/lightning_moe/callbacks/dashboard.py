@@ -40,13 +40,13 @@ _LOSSES = ("as the layers compute it, without its coefficient; the mean of the l
 def about(loss_names: Sequence[str]) -> str:
     """Explains each number, as a table in Markdown."""
     rows = [*HEALTH.items(), *((name, _LOSSES) for name in loss_names)]
-    table = [f"| moe/{name} | {meaning} | {expected} |" for name, (meaning, expected) in rows]
+    table = [f"| {name} | {meaning} | {expected} |" for name, (meaning, expected) in rows]
     return "\n".join(
         [
             "Counted from the experts that tokens chose, once per token, padding left out, over all ranks and all "
             "steps since the last log.",
             "",
-            "| number | meaning | what to expect |",
+            "| moe/... | meaning | what to expect |",
             "|---|---|---|",
             *table,
             "",
