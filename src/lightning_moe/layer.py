@@ -1,12 +1,14 @@
 """The layer that replaces a dense FFN."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.experts import Experts, combine
 from lightning_moe.losses import BalanceLoss
@@ -69,6 +71,30 @@ class RoutedLayer(nn.Module, ABC):
     @abstractmethod
     def route(self, x: Float[Tensor, "T D"]) -> Routing:
         """Asks the router, where ``routes_by_states``; this counts as no forward of the layer."""
+
+    @abstractmethod
+    def reroute(self, change: Callable[[Routing], Routing]) -> RemovableHandle:
+        """Puts ``change(routing)`` in the place of each routing until the handle is removed; so it is recorded too.
+
+        Of several changes the last one comes first.
+        """
+
+    @abstractmethod
+    def gate_rows(self) -> Float[Tensor, "choices _"] | None:
+        """The vectors that tokens are compared with, one per choice; None if the router has none."""
+
+    @property
+    @abstractmethod
+    def entrance(self) -> nn.Module:
+        """The module whose first argument are the hidden states that the experts compute on."""
+
+    @abstractmethod
+    def expert_weights(self) -> list[Float[Tensor, "E ..."]]:
+        """All weights of the experts, with the experts in the first dimension."""
+
+    @abstractmethod
+    def expert_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "E T D"]:
+        """What every expert computes for every token, unweighted."""
 
     def _watch_and_balance(self, x: Float[Tensor, "T _"], routing: Routing) -> Float[Tensor, "T _"]:
         # Returns x, which must be used: the gradient of the balance losses comes with its own.
@@ -163,6 +189,33 @@ class MoELayer(RoutedLayer):
         """Asks the router."""
         routing: Routing = self.router(x)
         return routing
+
+    def reroute(self, change: Callable[[Routing], Routing]) -> RemovableHandle:
+        """Changes what the router returns."""
+        return self.router.register_forward_hook(lambda router, given, routing: change(routing), prepend=True)
+
+    def gate_rows(self) -> Float[Tensor, "choices _"] | None:
+        """As the router says."""
+        return self.router.gate_rows()
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The layer itself."""
+        return self
+
+    def expert_weights(self) -> list[Float[Tensor, "E ..."]]:
+        """As the experts say."""
+        return self.experts.weights()
+
+    def expert_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "E T D"]:
+        """Sends every token to every expert."""
+        E, T = self.num_experts, len(x)
+        token_ids = torch.arange(T, device=x.device).repeat(E)
+        expert_ids = torch.arange(E, device=x.device).repeat_interleave(T)
+        weights, logits = torch.ones(E * T, device=x.device), x.new_zeros(T, E, dtype=torch.float32)
+        # rows come sorted by expert, and by token within one
+        outputs, _ = self.experts.outputs(x, Routing(token_ids, expert_ids, weights, logits, logits))
+        return outputs.view(E, T, -1)
 
     @property
     def adapts_to_load(self) -> bool:

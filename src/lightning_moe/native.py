@@ -3,7 +3,8 @@
 Nothing of the model is replaced: a hook on each router reads what it returns, where the model computes it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +155,60 @@ class NativeMoE(RoutedLayer):
             self._asking = False
         return self._routing_of(logits, weights, expert_ids, Tokens())
 
+    def reroute(self, change: Callable[[Routing], Routing]) -> RemovableHandle:
+        """Changes what the router returns, before the hook that records it.
+
+        Raises:
+            ValueError: in the forward, if the changed routing has not the same number of experts for each token.
+        """
+
+        def hook(
+            router: nn.Module, given: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+        ) -> tuple[Tensor, ...]:
+            logits, weights, expert_ids = output
+            routing = change(self._routing(logits, weights, expert_ids))
+            if routing.top_k is None:
+                raise ValueError(f"{self.name}: its experts take the same number for each token; keep top_k=K.")
+            shape = len(logits), routing.top_k
+            return logits, routing.weights.view(shape).to(weights), routing.expert_ids.view(shape).to(expert_ids)
+
+        return self.router.register_forward_hook(hook, prepend=True)
+
+    @contextmanager
+    def logits_times(self, factor: int | float) -> Iterator[None]:
+        """Multiplies the logits by a factor inside the ``with`` block; what becomes of them is up to the router's code.
+
+        The router's weight and bias are multiplied, and put back: logits are linear in them. In bfloat16 a factor that
+        is no power of two rounds them. A bias on the choice (``e_score_correction_bias``) is in no logit, and stays.
+        """
+        gate = [own for name in ("weight", "bias") if isinstance(own := getattr(self.router, name, None), Tensor)]
+        before = [parameter.data for parameter in gate]
+        try:
+            for parameter in gate:
+                parameter.data = parameter.data * factor
+            yield
+        finally:
+            for parameter, data in zip(gate, before, strict=True):
+                parameter.data = data
+
+    def gate_rows(self) -> Float[Tensor, "E D"]:
+        """The router's ``weight``."""
+        return self.router.get_parameter("weight")
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The experts: some blocks project the states before they reach them."""
+        return self.experts
+
+    def expert_weights(self) -> list[Float[Tensor, "E ..."]]:
+        """The experts' parameters that are stacked, biases among them."""
+        return [own for own in self.experts.parameters() if own.dim() > 0 and len(own) == self.num_experts]
+
+    def expert_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "E T D"]:
+        """Sends all tokens to one expert after another, with a weight of 1, as the block calls its experts."""
+        ones = x.new_ones(len(x), 1)
+        return torch.stack([self.experts(x, ones.long() * expert, ones) for expert in range(self.num_experts)])
+
     def detach_hooks(self) -> None:
         """Leaves the model."""
         for handle in self._handles if self.listening is None else [*self._handles, self.listening]:
@@ -186,7 +241,7 @@ class NativeMoE(RoutedLayer):
         self, logits: Float[Tensor, "T E"], weights: Float[Tensor, "T K"], expert_ids: Int[Tensor, "T K"]
     ) -> Routing:
         looked_at = any(loss.needs_gate for loss in self.balance_losses.values())
-        gate = self.router.get_parameter("weight") if looked_at else None
+        gate = self.gate_rows() if looked_at else None
         routing = self._routing_of(logits, weights, expert_ids, self.tokens(len(logits)))
         return replace(routing, sequence_length=self._sequence_length, gate=gate)
 
@@ -247,6 +302,18 @@ def attach_native(model: nn.Module) -> dict[str, NativeMoE]:
     for home, group in members.items():
         _share_context(modules[home], group)
     return found
+
+
+@contextmanager
+def attached(model: nn.Module) -> Iterator[None]:
+    """Attaches a model inside the ``with`` block; one that was attached before stays so."""
+    before = any(isinstance(layer, NativeMoE) for layer in routed_layers(model).values())
+    attach_native(model)
+    try:
+        yield
+    finally:
+        if not before:
+            detach_native(model)
 
 
 def detach_native(model: nn.Module) -> None:
