@@ -44,12 +44,11 @@ from lightning_moe import (
 from lightning_moe.analysis import studies
 from lightning_moe.analysis.interventions import (
     rerouted,
+    tempered,
     with_next_best,
     with_random_experts,
-    with_temperature,
     without_best,
 )
-from lightning_moe.analysis.similarity import expert_outputs
 from lightning_moe.analysis.texts import domain_batches, read_texts
 from lightning_moe.routing import notify, observe_routing
 
@@ -192,7 +191,7 @@ def test_likeness_of_weights_and_outputs(model, found):
         cosines = [float(F.cosine_similarity(rows[i], rows[j], dim=0)) for i, j in pairs]
         assert layer.router_row_cosine == CLOSE(sum(cosines) / len(pairs))
     x = torch.randn(7, 8)
-    outputs = expert_outputs(experts, x)
+    outputs = moe_layer.expert_outputs(x)
     for e in range(E):
         gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
         torch.testing.assert_close(outputs[e], (F.silu(gate) * up) @ experts.down_proj[e].T)
@@ -209,7 +208,7 @@ def test_outputs_are_compared_on_tokens_of_every_domain(model, found):
     for layer in moe_layers(model).values():
         layer._forward_pre_hooks.clear()
     for layer in found.layers:
-        outputs = expert_outputs(moe_layers(model)[layer.name].experts, torch.cat(inputs[layer.name]))
+        outputs = moe_layers(model)[layer.name].expert_outputs(torch.cat(inputs[layer.name]))
         pairs = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.combinations(outputs, 2)]
         assert layer.output_cosine == CLOSE(float(sum(pairs) / len(pairs)), abs=1e-5)
         assert layer.output_cka_chance < layer.output_cka <= 1 + 1e-5
@@ -305,7 +304,7 @@ def test_random_experts_are_as_many_different_ones(model):
     layer = next(iter(moe_layers(model).values()))
     x = torch.randn(500, 8)
     own = layer.router(x)
-    drawn = with_random_experts(torch.Generator().manual_seed(0))(layer.router, own)
+    drawn = with_random_experts(torch.Generator().manual_seed(0))(layer, own)
     pairs = drawn.expert_ids.view(-1, K)
     assert (pairs[:, 0] != pairs[:, 1]).all()
     assert torch.equal(drawn.weights, own.weights)
@@ -319,13 +318,20 @@ def test_with_one_expert_a_token_nothing_is_left():
     assert all(not window[name].weights.any() for name in window)
 
 
-@pytest.mark.parametrize("change", [without_best, with_next_best, with_temperature(2.0)])
-def test_the_model_is_as_before_whatever_happens(model, change):
+INTERFERING = {
+    "without_best": partial(rerouted, change=without_best),
+    "with_next_best": partial(rerouted, change=with_next_best),
+    "tempered": partial(tempered, factor=2.0),
+}
+
+
+@pytest.mark.parametrize("interfering", INTERFERING.values(), ids=INTERFERING)
+def test_the_model_is_as_before_whatever_happens(model, interfering):
     ids = batches_of()[0].input_ids
     before, state = model(input_ids=ids).logits, {k: v.clone() for k, v in model.state_dict().items()}
     other = None
     try:
-        with rerouted(model, change):
+        with interfering(model):
             other = model(input_ids=ids).logits
             raise RuntimeError("in the middle")
     except RuntimeError:
@@ -384,8 +390,8 @@ def test_an_encoder_has_no_next_token_loss(tmp_path):
     assert "no causal language model" in write_report(result, tmp_path).read_text()
 
 
-def native_moe():
-    """A model whose MoE layers are not of this package, and whose routing is seen all the same."""
+def unknown_moe():
+    """A model whose MoE layers are of no known kind, and whose routing is seen all the same."""
     model, router = tiny_llama(), TopKRouter(8, E, top_k=K)
     for place, decoder in enumerate(model.model.layers):
 
@@ -396,15 +402,15 @@ def native_moe():
     return model
 
 
-def test_of_a_native_model_the_page_says_what_is_left_out(tmp_path):
-    result = analyze(native_moe(), word_tokenizer(), data=DATA, **SIZES)
+def test_of_an_unknown_model_the_page_says_what_is_left_out(tmp_path):
+    result = analyze(unknown_moe(), word_tokenizer(), data=DATA, **SIZES)
     assert [layer.name for layer in result.layers] == ["native.0", "native.1"]
     assert result.layers[0].domain_total_variation is not None
     assert result.layers[0].output_cka is None
     assert result.studies == []
     text = write_report(result, tmp_path).read_text()
-    assert "of LlamaForCausalLM are not this package&#x27;s: their routes cannot be changed." in text
-    assert "of LlamaForCausalLM are not this package&#x27;s, and cannot be looked into." in text
+    assert "of LlamaForCausalLM are not known here: their routes cannot be changed." in text
+    assert "of LlamaForCausalLM are not known here, and cannot be looked into." in text
 
 
 def test_layers_that_do_not_run_are_left_out():

@@ -17,7 +17,6 @@ from lightning_moe.analysis.verdict import summary
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.corpus import find_files
 from lightning_moe.module import load_model
-from lightning_moe.native import attach_native
 
 
 def analyze_checkpoints(
@@ -42,8 +41,9 @@ def analyze_checkpoints(
     The directory then holds report.html, which needs no other file, its pictures, and all numbers as JSON and CSV.
 
     Args:
-        model: directories of what save_moe or `lightning-moe upcycle` wrote. Several are checkpoints of one run, oldest
-            first: the last is analysed, the others are compared with it.
+        model: directories of what save_moe or `lightning-moe upcycle` wrote, or of Hugging Face models that are MoE
+            already. Several are checkpoints of one run, oldest first: the last is analysed, the others are compared
+            with it.
         data: domains as name=file, such as prose=book.txt code=code.jsonl. A file may be a glob; JSONL and Parquet hold
             one document a row, any other file is one document.
         output: the directory to write, which must be empty or not exist.
@@ -129,10 +129,7 @@ class _Parser(ArgumentParser):
 
 def _load(path: str) -> nn.Module:
     # the one place that knows which kinds of model there are
-    model = load_model(path, "AutoModelForCausalLM", "auto")
-    # a model that is MoE by itself; of ours, and of dense ones, this finds nothing
-    attach_native(model)
-    return model
+    return load_model(path, "AutoModelForCausalLM", "auto")
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

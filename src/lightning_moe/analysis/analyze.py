@@ -15,7 +15,7 @@ from lightning_moe.analysis.series import compare_checkpoints
 from lightning_moe.analysis.similarity import add_similarity
 from lightning_moe.analysis.studies import UNDISTURBED, run_studies
 from lightning_moe.analysis.texts import Batch, domain_batches
-from lightning_moe.layer import moe_layers
+from lightning_moe.native import attached, routed_layers, unknown_routers
 
 
 def analyze(
@@ -38,9 +38,10 @@ def analyze(
     """Looks at how a text model routes: load, specialisation, co-activation, change, and what routing is worth.
 
     Counts are kept while the batches run, logits are not. The model, its modes and the random state stay as they are.
+    The MoE blocks of a Hugging Face model are attached as long as it takes, see `attach_native`.
 
     Args:
-        model: an upcycled text model, or another whose MoE layers `record_routing` sees.
+        model: an upcycled text model, one that is MoE already, or another whose MoE layers `record_routing` sees.
         tokenizer: of the model.
         data: the documents of each domain, by the domain's name; read only as far as needed.
         earlier: names and models of checkpoints before this one, oldest first; a generator may load each when asked, so
@@ -106,16 +107,18 @@ def analyze(
     layers = [counts.analysis(key, vocabulary, generator) for key, counts in collector.layers.items()]
     skipped = _unmeasured(list(data), layers, min_count, has_series=bool(checkpoints))
     made: list[Study] = []
-    if own := {layer.name for layer in moe_layers(model).values()} >= set(collector.layers):
-        layers = add_similarity(model, layers, batches, generator)
-    else:
-        skipped["experts"] = f"The experts of {type(model).__name__} are not this package's, and cannot be looked into."
-    if reason := _why_no_studies(model, wanted=studies, own=own, losses=losses):
-        skipped["studies"] = reason
-    else:
-        made, refused = run_studies(model, batches, list(data), temperatures=temperatures, seed=seed, progress=progress)
-        made = [Study(UNDISTURBED, None, dict(zip(data, losses or [], strict=True))), *made]
-        skipped |= {"some studies": "; ".join(refused) + "."} if refused else {}
+    with attached(model):
+        if known := {layer.name for layer in routed_layers(model).values()} >= set(collector.layers):
+            layers = add_similarity(model, layers, batches, generator)
+        else:
+            skipped["experts"] = f"The experts of {type(model).__name__} are not known here, and cannot be looked into."
+        if reason := _why_no_studies(model, wanted=studies, known=known, losses=losses):
+            skipped["studies"] = reason
+        else:
+            options: dict[str, Any] = {"temperatures": temperatures, "seed": seed, "progress": progress}
+            made, refused = run_studies(model, batches, list(data), **options)
+            made = [Study(UNDISTURBED, None, dict(zip(data, losses or [], strict=True))), *made]
+            skipped |= {"some studies": "; ".join(refused) + "."} if refused else {}
     return Analysis(name, tokens, sequence_length, layers, made, checkpoints, skipped)
 
 
@@ -142,7 +145,7 @@ class _Runner:
                 _require_layers(collector, model, name)
             collector.batch = batch
 
-        with collector.watching():
+        with attached(model), collector.watching():
             losses = domain_losses(model, self.progress(self.batches, name), len(self.domains), before=before)
         _require_layers(collector, model, name)
         return collector, losses
@@ -157,9 +160,12 @@ def _num_positions(model: nn.Module) -> int | None:
 
 def _require_layers(collector: RoutingCollector, model: nn.Module, name: str) -> None:
     if not collector.layers:
+        unknown = unknown_routers(model)
+        hint = f" Its router ({', '.join(unknown)}) is not one that is known." if unknown else ""
         raise ValueError(
-            f"{name}: {type(model).__name__} has no MoE layer that ran. Give a model that was upcycled, such as what "
-            "`lightning-moe upcycle` or save_moe(model, path) wrote."
+            f"{name}: {type(model).__name__} has no MoE layer that ran.{hint} Give a model that was upcycled, such as "
+            "what `lightning-moe upcycle` or save_moe(model, path) wrote, or a Hugging Face model whose router is one "
+            "of lightning_moe.native.NATIVE_ROUTERS."
         )
 
 
@@ -188,11 +194,11 @@ def _unmeasured(
     return skipped
 
 
-def _why_no_studies(model: nn.Module, *, wanted: bool, own: bool, losses: list[float] | None) -> str | None:
+def _why_no_studies(model: nn.Module, *, wanted: bool, known: bool, losses: list[float] | None) -> str | None:
     if not wanted:
         return "Not asked for."
     if losses is None:
         return f"{type(model).__name__} is no causal language model, and has no next-token loss."
-    if not own:
-        return f"The MoE layers of {type(model).__name__} are not this package's: their routes cannot be changed."
+    if not known:
+        return f"The MoE layers of {type(model).__name__} are not known here: their routes cannot be changed."
     return None

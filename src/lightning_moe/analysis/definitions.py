@@ -182,7 +182,8 @@ STUDIES = (
     Definition(
         "Logits times c",
         "weights from the scores of c z instead of z; the chosen experts stay",
-        "Below 1 a flatter mixture of a token's experts, above 1 a sharper one.",
+        "Below 1 a flatter mixture of a token's experts, above 1 a sharper one. The router of a Hugging Face model is "
+        "run on c z and chooses anew, which differs where a bias on the choice, or groups of experts, come in.",
     ),
     Definition(
         "Random experts",

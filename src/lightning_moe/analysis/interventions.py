@@ -1,22 +1,22 @@
-"""Other routes than the router's own, for as long as a ``with`` block: nothing of the model is written to."""
+"""Other routes than the router's own, for as long as a ``with`` block; after it the model is as it was."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moe.layer import moe_layers
+from lightning_moe.layer import MoELayer, RoutedLayer
 from lightning_moe.metrics import chosen_experts
-from lightning_moe.routers import Router
+from lightning_moe.native import NativeMoE, routed_layers
 from lightning_moe.routing import Routing
 
-Change = Callable[[Router, Routing], Routing]
-"""Makes another routing of a router's own."""
+Change = Callable[[RoutedLayer, Routing], Routing]
+"""Makes another routing of that of a layer."""
 
 
 class NotMeasurableError(ValueError):
@@ -28,7 +28,7 @@ def rerouted(model: nn.Module, change: Change) -> Iterator[None]:
     """Puts another routing in the place of every router's own, inside the ``with`` block.
 
     Args:
-        model: a model with MoE layers.
+        model: a model with MoE layers, of this package or attached.
         change: what becomes of each routing.
 
     Example:
@@ -39,26 +39,57 @@ def rerouted(model: nn.Module, change: Change) -> Iterator[None]:
         >>> int((window["moe"].weights > 0).sum())  # one of two experts is left for each token
         5
     """
+    with ExitStack() as stack:
+        for layer in routed_layers(model).values():
+            stack.enter_context(_changed(layer, change))
+        yield
 
-    def hook(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> Routing:
-        assert isinstance(router, Router)
-        return change(router, routing)
 
-    handles = [layer.router.register_forward_hook(hook) for layer in moe_layers(model).values()]
+@contextmanager
+def tempered(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiplies the logits of every router by a factor, inside the ``with`` block.
+
+    A layer of this package keeps its choice: weights become those of the scores of ``factor * logits``,
+    ``w'_n = w_n f(factor z_n) / f(z_n)`` with the router's score function f, softmax, sigmoid or ReLU; then, of a
+    router whose weights have a fixed sum, scaled to that sum. For a router that chooses by the order of its logits
+    alone this is exactly the router with its logits multiplied. The router of a Hugging Face model runs with its logits
+    multiplied, and chooses anew: that differs where a bias on the choice, or groups, come in.
+
+    Args:
+        model: a model with MoE layers, of this package or attached.
+        factor: above 1 makes the routers surer, below 1 less sure; 1 changes nothing.
+
+    Raises:
+        NotMeasurableError: in the forward, if weights of a layer of this package do not come from such scores.
+    """
+    with ExitStack() as stack:
+        for layer in routed_layers(model).values():
+            stack.enter_context(_tempered(layer, factor))
+        yield
+
+
+def _tempered(layer: RoutedLayer, factor: float) -> AbstractContextManager[None]:
+    if isinstance(layer, NativeMoE):
+        return layer.logits_times(factor)
+    return _changed(layer, partial(_with_temperature, factor))
+
+
+@contextmanager
+def _changed(layer: RoutedLayer, change: Change) -> Iterator[None]:
+    handle = layer.reroute(partial(change, layer))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def without_best(router: Router, routing: Routing) -> Routing:
+def without_best(layer: RoutedLayer, routing: Routing) -> Routing:
     """Drops each token's expert of largest weight; the others share its weight, as far as there are others."""
     weights = routing.weights.masked_fill(_best_rows(routing), 0)
     return replace(routing, weights=_with_sum_of(routing, weights))
 
 
-def with_next_best(router: Router, routing: Routing) -> Routing:
+def with_next_best(layer: RoutedLayer, routing: Routing) -> Routing:
     """Puts in the place of each token's best expert the best one that it did not choose, at equal compute.
 
     The new weight is the old one times the ratio of the two scores; then the token's weights are scaled to their sum.
@@ -67,7 +98,9 @@ def with_next_best(router: Router, routing: Routing) -> Routing:
         NotMeasurableError: if the router's columns are not its experts.
     """
     if routing.choice_ids is not None:
-        raise NotMeasurableError(f"{type(router).__name__} has several choices for one expert, and no next best one")
+        raise NotMeasurableError(
+            f"{type(layer.router).__name__} has several choices for one expert, and no next best one"
+        )
     best, scores = _best_rows(routing), routing.scores[:, : routing.num_experts]
     score, expert = scores.masked_fill(chosen_experts(routing), -torch.inf).max(-1)
     # where all experts are chosen there is no other
@@ -78,31 +111,6 @@ def with_next_best(router: Router, routing: Routing) -> Routing:
     return replace(routing, expert_ids=expert_ids, weights=_with_sum_of(routing, weights))
 
 
-def with_temperature(factor: float) -> Change:
-    """Multiplies the logits: weights become those of the scores of ``factor * logits``; the choice stays.
-
-    ``w'_n = w_n f(factor z_n) / f(z_n)`` with the router's score function f, softmax, sigmoid or ReLU; then, of a
-    router whose weights have a fixed sum, scaled to that sum. For a router that chooses by the order of its logits
-    alone this is exactly the router with its logits multiplied.
-
-    Args:
-        factor: above 1 makes the router surer, below 1 less sure; 1 changes nothing.
-
-    Raises:
-        NotMeasurableError: in the forward, if the weights do not come from such scores.
-    """
-
-    def change(router: Router, routing: Routing) -> Routing:
-        function = _log_score_function(routing)
-        if function is None or not _weights_are_scores(routing):
-            raise NotMeasurableError(f"the weights of {type(router).__name__} are no function of its logits alone")
-        ratio = (_of_rows(routing, function(factor * routing.logits) - function(routing.logits))).exp()
-        weights = routing.weights * ratio.nan_to_num()
-        return replace(routing, weights=weights if router.weights_sum is None else _with_sum_of(routing, weights))
-
-    return change
-
-
 def with_random_experts(generator: torch.Generator) -> Change:
     """Sends each token to other experts, as many and with the same weights, drawn uniformly.
 
@@ -110,7 +118,7 @@ def with_random_experts(generator: torch.Generator) -> Change:
         generator: of the draws, on the CPU.
     """
 
-    def change(router: Router, routing: Routing) -> Routing:
+    def change(layer: RoutedLayer, routing: Routing) -> Routing:
         lots = torch.rand(routing.num_tokens, routing.num_experts, generator=generator)
         order = lots.argsort(-1).to(routing.expert_ids.device)  # a permutation of the experts for each token
         is_ffn = routing.expert_ids < routing.num_experts
@@ -118,6 +126,16 @@ def with_random_experts(generator: torch.Generator) -> Change:
         return replace(routing, expert_ids=torch.where(is_ffn, drawn, routing.expert_ids))
 
     return change
+
+
+def _with_temperature(factor: float, layer: RoutedLayer, routing: Routing) -> Routing:
+    assert isinstance(layer, MoELayer)
+    function = _log_score_function(routing)
+    if function is None or not _weights_are_scores(routing):
+        raise NotMeasurableError(f"the weights of {type(layer.router).__name__} are no function of its logits alone")
+    ratio = (_of_rows(routing, function(factor * routing.logits) - function(routing.logits))).exp()
+    weights = routing.weights * ratio.nan_to_num()
+    return replace(routing, weights=weights if layer.router.weights_sum is None else _with_sum_of(routing, weights))
 
 
 def _best_rows(routing: Routing) -> Bool[Tensor, " N"]:

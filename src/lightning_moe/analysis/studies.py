@@ -1,18 +1,19 @@
 """What the loss says of the routing: how much worse the model is with another one."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import nn
 
 from lightning_moe.analysis.forward import Progress, domain_losses
 from lightning_moe.analysis.interventions import (
-    Change,
     NotMeasurableError,
     rerouted,
+    tempered,
     with_next_best,
     with_random_experts,
-    with_temperature,
     without_best,
 )
 from lightning_moe.analysis.results import Study
@@ -37,7 +38,7 @@ def run_studies(
     """Computes the loss with the routing interfered with; the model is as before, whatever happens.
 
     Args:
-        model: a causal language model with MoE layers of this package.
+        model: a causal language model with MoE layers, of this package or attached.
         batches: what to run.
         domains: names of the domains.
         temperatures: factors of the logits.
@@ -47,17 +48,18 @@ def run_studies(
     Returns:
         The studies, and of those that cannot be made why.
     """
-    kinds: list[tuple[str, float | None, Callable[[], Change]]] = [
-        (WITHOUT_BEST, None, lambda: without_best),
-        (NEXT_BEST, None, lambda: with_next_best),
-        *((TEMPERATURE, factor, lambda f=factor: with_temperature(f)) for factor in temperatures),
-        (RANDOM, None, lambda: with_random_experts(torch.Generator().manual_seed(seed))),
+    random = with_random_experts(torch.Generator().manual_seed(seed))
+    kinds: list[tuple[str, float | None, Callable[[], AbstractContextManager[None]]]] = [
+        (WITHOUT_BEST, None, partial(rerouted, model, without_best)),
+        (NEXT_BEST, None, partial(rerouted, model, with_next_best)),
+        *((TEMPERATURE, factor, partial(tempered, model, factor)) for factor in temperatures),
+        (RANDOM, None, partial(rerouted, model, random)),
     ]
     studies, refused = [], []
-    for name, setting, change in kinds:
+    for name, setting, interfering in kinds:
         study = Study(name, setting, {})
         try:
-            with rerouted(model, change()):
+            with interfering():
                 losses = domain_losses(model, progress(batches, study.label), len(domains))
         except NotMeasurableError as error:
             refused.append(f"{study.label}: {error}")
