@@ -5,6 +5,7 @@ import json
 import pytest
 from analysis_fixtures import SIZES, texts, trained
 from lightning_fixtures import tiny_llama, word_tokenizer
+from test_native import native_model
 
 from lightning_moe import analyze, save_moe
 from lightning_moe.analysis.verdict import summary
@@ -24,6 +25,9 @@ def place(model, tmp_path_factory):
         word_tokenizer().save_pretrained(folder / name)
     tiny_llama().save_pretrained(folder / "dense")
     word_tokenizer().save_pretrained(folder / "dense")
+    for name, seed in {"native-early": 1, "native": 0}.items():
+        native_model("MixtralForCausalLM", seed).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
     (folder / "prose.txt").write_text(" ".join(texts("prose")))
     (folder / "code.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts("code")))
     (folder / "empty.txt").touch()
@@ -58,6 +62,23 @@ def test_the_verb_gives_what_the_function_does(place, tmp_path, model):
 
 
 PROSE = ["--data", "prose={}/prose.txt"]
+
+
+def test_the_verb_on_models_that_are_moe_already(place, tmp_path):
+    out = tmp_path / "out"
+    domains = [*PROSE, "--data", "code={}/code.jsonl", "--num_tokens", 72]
+    run(place, "--model", "{}/native-early", "--model", "{}/native", *domains, "--output", out)
+    result = json.loads((out / "analysis.json").read_text())
+    assert [one["name"] for one in result["checkpoints"]] == ["native-early", "native"]
+    assert [layer["name"] for layer in result["layers"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert result["skipped"] == {}
+    assert len(result["studies"]) == 6
+    model, length = native_model("MixtralForCausalLM"), SIZES["sequence_length"]
+    ids = word_tokenizer()((place / "prose.txt").read_text(), return_tensors="pt").input_ids[0, :72].view(-1, length)
+    assert result["studies"][0]["loss"]["prose"] == pytest.approx(
+        float(model(input_ids=ids, labels=ids).loss), rel=1e-5
+    )
+    assert "Left out" not in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
