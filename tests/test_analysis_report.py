@@ -18,11 +18,11 @@ from PIL import Image
 
 from lightning_moe import analyze, write_report
 from lightning_moe.analysis import definitions
-from lightning_moe.analysis.canvas import SCALE, SERIES
 from lightning_moe.analysis.charts import Line, bar_chart, line_chart
-from lightning_moe.analysis.heatmap import RELATIVE, SHARE, heatmap
 from lightning_moe.analysis.page import written
 from lightning_moe.analysis.verdict import findings, short_names, verdict
+from lightning_moe.canvas import SCALE, SERIES
+from lightning_moe.heatmap import RELATIVE, SHARE, heatmap
 
 PAPERS = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{5}")
 

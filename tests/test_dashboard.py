@@ -27,6 +27,8 @@ from lightning_moe import (
 from lightning_moe.callbacks import monitor, throughput
 from lightning_moe.callbacks.heatmap import coactivation_heatmaps, load_heatmap
 from lightning_moe.callbacks.throughput import Throughput
+from lightning_moe.canvas import SCALE, text_width
+from lightning_moe.heatmap import SHARE
 
 MEASURES = ("max_violation", "dead_experts", "load_entropy", "routing_entropy", "router_margin", "drop_rate")
 
@@ -279,10 +281,13 @@ def test_layers_of_different_numbers_of_experts(tmp_path):
 
 def test_an_expert_that_a_layer_has_not_is_grey():
     picture = load_heatmap(torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, float("nan")]]), ["0", "1"])
-    cells = picture[[53, 79]][:, [90, 150, 210]]
+    left = SCALE * (text_width("layer") + 18)
+    cells = picture[[SCALE * (52 + 2), SCALE * (52 + 24 + 2)]][
+        :, [round(left) + SCALE * (48 * e + 2) for e in range(3)]
+    ]
     assert (cells[0] >= 245).all()
     assert (cells[1, :2] >= 245).all()
-    assert tuple(cells[1, 2]) == (205, 205, 205)
+    assert tuple(cells[1, 2]) == (225, 225, 225)
 
 
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 2), (5, 8), (12, 256)])
@@ -290,10 +295,11 @@ def test_pictures_of_pairs_of_all_sizes(num_layers, num_experts):
     share = torch.zeros(num_experts, num_experts)
     share[0, -1] = 1.0
     picture = coactivation_heatmaps({str(i): share for i in range(num_layers)})
-    assert max(picture.shape) < 1000
-    cell = 150 / num_experts
-    assert tuple(picture[62 + int(cell / 2), 40 + 149 - int(cell / 2)]) == (10, 50, 90)
-    assert tuple(picture[62 + 149 - int(cell / 2), 40 + int(cell / 2)]) == (255, 255, 255)
+    assert max(picture.shape) < 2000
+    side, top, left = SCALE * 150, SCALE * 62, SCALE * 40
+    centre = int(side / num_experts / 2)
+    assert tuple(picture[top + centre, left + side - 1 - centre]) == SHARE.colours[-1]
+    assert tuple(picture[top + side - 1 - centre, left + centre]) == SHARE.colours[0]
 
 
 # State

@@ -38,6 +38,7 @@ from lightning_moe import (
     upcycle,
 )
 from lightning_moe.callbacks.heatmap import load_heatmap
+from lightning_moe.canvas import SCALE, text_width
 
 # sums of a few hundred float32 numbers, in another order
 RELATIVE = 1e-5
@@ -385,12 +386,13 @@ def test_nothing_is_observed_after_training(tmp_path):
 
 
 def cells_of(load):
-    """The colour at the centre of each cell, found by the layout of the picture: left 60, top 40."""
+    """The colour of each cell near its corner, where no number is written, found by the layout of a heatmap."""
     picture = load_heatmap(load.double(), [str(i) for i in range(load.shape[0])])
     num_layers, num_experts = load.shape
-    height, width = max(4, min(26, 640 // num_layers)), max(4, min(60, 720 // num_experts))
-    rows = 40 + height * np.arange(num_layers) + height // 2
-    columns = 60 + width * np.arange(num_experts) + width // 2
+    height, width = max(3, min(24, 760 // num_layers)), max(3, min(48, 760 // num_experts))
+    left = max(text_width(text) for text in ("layer", str(num_layers - 1))) + 18
+    rows = SCALE * (52 + height * np.arange(num_layers) + 1)
+    columns = round(SCALE * left) + SCALE * (width * np.arange(num_experts) + 1)
     return picture, picture[rows][:, columns].astype(int)
 
 
@@ -414,7 +416,7 @@ def test_pictures_of_all_sizes(shape):
     load = torch.ones(shape)
     load[-1, -1] = 0  # dead; the others of this row have a little more than the mean, twice it where they are one
     picture, cells = cells_of(load)
-    assert max(picture.shape) < 1500
+    assert max(picture.shape) < 1900
     assert picture.shape[2] == 3
     dead = cells[-1, -1]
     assert dead[2] > 2 * dead[0]

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_moe.analysis.canvas import FAINT, INK, SERIES, Canvas, Number, Point, text_width, ticks
+from lightning_moe.canvas import FAINT, INK, SERIES, Canvas, Number, Point, text_width, ticks
 
 # two side by side on a page
 _WIDTH, _PLOT = 500, 200

@@ -5,8 +5,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_moe.analysis.canvas import Canvas
 from lightning_moe.analysis.definitions import Definition
+from lightning_moe.canvas import Canvas
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning_moe.analysis.charts import Line, bar_chart, line_chart
 from lightning_moe.analysis.definitions import DOMAINS, LIKENESS, STUDIES, VOCABULARY
-from lightning_moe.analysis.heatmap import RELATIVE, heatmap
 from lightning_moe.analysis.page import Section, definitions, folded, gallery, paragraph, table
 from lightning_moe.analysis.results import Analysis, Chance, LayerAnalysis, TokenShare
 from lightning_moe.analysis.verdict import short_names
+from lightning_moe.heatmap import RELATIVE, heatmap
 
 _CHANCE = "chance, 95 of 100 below"
 _TOKENS_SHOWN = 8

@@ -2,10 +2,10 @@
 
 from lightning_moe.analysis.charts import Line, line_chart
 from lightning_moe.analysis.definitions import CERTAINTY, CHECKPOINTS, COACTIVATION, LOAD
-from lightning_moe.analysis.heatmap import RELATIVE, SHARE, heatmap
 from lightning_moe.analysis.page import Section, definitions, folded, gallery, paragraph, table
 from lightning_moe.analysis.results import Analysis
 from lightning_moe.analysis.verdict import short_names
+from lightning_moe.heatmap import RELATIVE, SHARE, heatmap
 
 
 def load_section(analysis: Analysis) -> Section:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -61,6 +62,18 @@ class Canvas:
             max(bottom * SCALE - 1, top * SCALE),
         )
         self._draw.rectangle(corners, fill=colour)
+
+    def cells(
+        self, left: Number, top: Number, width: Number, height: Number, colours: UInt8[np.ndarray, "R C 3"]
+    ) -> None:
+        """Fills a rectangle with a table of colours, and draws a line around it."""
+        # on whole pixels, without seams
+        x, y = round(left * SCALE), round(top * SCALE)
+        size = round(width * SCALE), round(height * SCALE)
+        self.image.paste(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), (x, y))
+        # around, and not over the first and last cells, which may be a pixel wide
+        frame = (x - SCALE, y - SCALE, x + size[0] + SCALE - 1, y + size[1] + SCALE - 1)
+        self._draw.rectangle(frame, outline=RULE, width=SCALE)
 
     def dot(self, x: Number, y: Number, *, colour: str, radius: Number = 3) -> None:
         """Draws a point."""

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from lightning_moe.analysis.canvas import FAINT, INK, RULE, SCALE, Canvas, Number, text_width
+from lightning_moe.canvas import FAINT, INK, Canvas, Number, text_width
 
 _TOP, _LEGEND, _SHORTEST_LEGEND = 52, 74, 110
 
@@ -88,8 +88,17 @@ def heatmap(
         canvas.text(left - 8, _TOP + (row + 0.5) * cell_height, rows[row], anchor="rm")
     for column in range(0, num_columns, -(-max(18, 9 * len(str(num_columns))) // cell_width)):
         canvas.text(left + (column + 0.5) * cell_width, bottom + 12, str(column), anchor="mm")
-    _draw_legend(canvas, scale, right + 18, legend)
+    draw_legend(canvas, scale, right + 18, _TOP, legend)
     return canvas
+
+
+def draw_legend(canvas: Canvas, scale: ColourScale, left: Number, top: Number, height: Number) -> None:
+    """Draws a bar of all colours of a scale, the highest above, with its labels at the right."""
+    low, high = scale.stops[0], scale.stops[-1]
+    steps = high - (high - low) * (np.arange(round(height)) + 0.5) / height
+    canvas.cells(left, top, 12, height, scale.rgb(steps[:, None]))
+    for value, label in scale.labels.items():
+        canvas.text(left + 18, top + (high - value) / (high - low) * height, label, size=12)
 
 
 def _draw_cells(
@@ -98,24 +107,11 @@ def _draw_cells(
     colours = scale.rgb(table)
     digits = 2 if cell_width >= 36 else 1
     has_room = cell_width >= 26 and cell_height >= 18
-    # cells fall on whole pixels, without seams
-    left = round(left * SCALE) / SCALE
+    num_rows, num_columns = table.shape
+    canvas.cells(left, _TOP, num_columns * cell_width, num_rows * cell_height, colours)
     for (row, column), value in np.ndenumerate(table):
-        x, y = left + column * cell_width, _TOP + row * cell_height
-        red, green, blue = (int(channel) for channel in colours[row, column])
-        canvas.rectangle(x, y, x + cell_width, y + cell_height, colour=f"#{red:02x}{green:02x}{blue:02x}")
         if has_room and not np.isnan(value):
+            red, green, blue = (int(channel) for channel in colours[row, column])
             ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 130 else INK
-            place = (x + cell_width / 2, y + cell_height / 2)
+            place = (left + (column + 0.5) * cell_width, _TOP + (row + 0.5) * cell_height)
             canvas.text(*place, f"{value:.{digits}f}", anchor="mm", size=12, colour=ink)
-    right, bottom = left + table.shape[1] * cell_width, _TOP + table.shape[0] * cell_height
-    canvas.line([(left, _TOP), (right, _TOP), (right, bottom), (left, bottom), (left, _TOP)], colour=RULE)
-
-
-def _draw_legend(canvas: Canvas, scale: ColourScale, left: Number, height: Number) -> None:
-    low, high = scale.stops[0], scale.stops[-1]
-    for step in range(round(height)):
-        red, green, blue = (int(c) for c in scale.rgb(np.array(high - (high - low) * (step + 0.5) / height)))
-        canvas.rectangle(left, _TOP + step, left + 12, _TOP + step + 1, colour=f"#{red:02x}{green:02x}{blue:02x}")
-    for value, label in scale.labels.items():
-        canvas.text(left + 18, _TOP + (high - value) / (high - low) * height, label, size=12)
