@@ -215,6 +215,26 @@ def test_likeness_of_weights_and_outputs(kind):
         assert layer.output_cka_chance < 1
 
 
+@torch.no_grad()
+def test_experts_are_compared_on_the_states_that_reach_them():
+    """As in a block that projects the states for its experts, and not for its router."""
+    model = model_of("MixtralForCausalLM", num_hidden_layers=1)
+    block, seen = model.model.layers[0].mlp, []
+
+    def forward(hidden):
+        x = hidden.flatten(0, 1)
+        _, weights, expert_ids = block.gate(x)
+        seen.append(3 * x.flip(-1))
+        return block.experts(seen[-1], expert_ids, weights).view_as(hidden)
+
+    block.forward = forward
+    sizes = {**TEXTS, "num_tokens": 48}
+    (layer,) = analyze(model, word_tokenizer(), data={"prose": DATA["prose"]}, studies=False, **sizes).layers
+    outputs = [torch.stack([expert_of("MixtralForCausalLM", block.experts, e, x) for x in seen[-1]]) for e in range(5)]
+    wanted = pairs_mean(outputs, lambda a, b: F.cosine_similarity(a, b, dim=-1).mean())
+    assert layer.output_cosine == pytest.approx(wanted, abs=1e-5)
+
+
 # --- what is computed is recorded, and nothing stays ---
 
 
@@ -229,7 +249,8 @@ CHANGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_what_is_recorded_is_what_is_computed(change, dtype):
-    model = model_of("MixtralForCausalLM").to(dtype)
+    # in bfloat16 its weights are bfloat16 too; grouped GEMMs want rows of 16 bytes
+    model = model_of("Qwen2MoeForCausalLM", moe_intermediate_size=16).to(dtype)
     natives, seen = attach_native(model), {}
     for name, native in natives.items():
         # a hook that returned something would change what the experts get
@@ -244,15 +265,14 @@ def test_what_is_recorded_is_what_is_computed(change, dtype):
         expert_ids, weights = seen[name]
         assert routing.expert_ids.view(-1, K).equal(expert_ids)
         assert routing.weights.view(-1, K).equal(weights)
-        assert weights.dtype == own[name].weights.dtype
-        # each token's experts are different ones, and their weights have the sum that they had
+        assert weights.dtype == own[name].weights.dtype == dtype
         assert (expert_ids[:, 0] != expert_ids[:, 1]).all()
-        sums = own[name].weights.view(-1, K).float().sum(1)
-        torch.testing.assert_close(weights.float().sum(1), sums, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
-    # the first layer's router saw the same states
+    # the first layer's router saw the same states, and each token's weights have the sum that they had
     (first, *_), (was, *_) = window.values(), own.values()
     assert first.logits.equal(was.logits)
     assert first.expert_ids.equal(was.expert_ids) == (change() is without_best)
+    sums = [one.weights.view(-1, K).float().sum(1) for one in (first, was)]
+    torch.testing.assert_close(*sums, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
 
 
 def test_the_change_made_last_comes_first():
