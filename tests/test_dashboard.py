@@ -296,7 +296,7 @@ def test_pictures_of_pairs_of_all_sizes(num_layers, num_experts):
     share[0, -1] = 1.0
     picture = coactivation_heatmaps({str(i): share for i in range(num_layers)})
     assert max(picture.shape) < 2000
-    side, top, left = SCALE * 150, SCALE * 62, SCALE * 40
+    side, top, left = SCALE * 150, SCALE * 88, SCALE * 44
     centre = int(side / num_experts / 2)
     assert tuple(picture[top + centre, left + side - 1 - centre]) == SHARE.colours[-1]
     assert tuple(picture[top + side - 1 - centre, left + centre]) == SHARE.colours[0]

@@ -41,18 +41,19 @@ def coactivation_heatmaps(shares: Mapping[str, Float[Tensor, "E E"]]) -> UInt8[n
     Returns:
         An RGB picture.
     """
-    columns = min(4, len(shares))
-    side, gap, left, top = 150, 46, 40, 62
+    columns = min(3, len(shares))
+    side, gap, left, top = 150, 62, 44, 88
     canvas = Canvas(max(left + columns * (side + gap) + 60, 520), top + -(-len(shares) // columns) * (side + gap))
-    canvas.text(left, 12, "Of the tokens of the row's expert, the share that")
-    canvas.text(left, 28, "also have the column's expert")
+    # large letters: TensorBoard shows the picture at half its size
+    canvas.text(left, 16, "Of the tokens of the row's expert, the share that", size=18)
+    canvas.text(left, 40, "also have the column's expert", size=18)
     for number, (label, share) in enumerate(shares.items()):
         x, y = left + number % columns * (side + gap), top + number // columns * (side + gap)
-        canvas.text(x, y - 11, f"layer {label}")
+        canvas.text(x, y - 14, f"layer {label}", size=18)
         canvas.cells(x, y, side, side, SHARE.rgb(share.double().cpu().numpy()))
-        for expert in range(0, len(share), max(1, -(-24 * len(share) // side))):
+        for expert in range(0, len(share), max(1, -(-40 * len(share) // side))):
             place = (expert + 0.5) * side / len(share)
-            canvas.text(x - 5, y + place, str(expert), anchor="rm")
-            canvas.text(x + place, y + side + 10, str(expert), anchor="mm")
-    draw_legend(canvas, SHARE, left + columns * (side + gap) - 20, top, 110)
+            canvas.text(x - 5, y + place, str(expert), anchor="rm", size=18)
+            canvas.text(x + place, y + side + 13, str(expert), anchor="mm", size=18)
+    draw_legend(canvas, SHARE, left + columns * (side + gap) - 26, top, 110)
     return np.asarray(canvas.image)
