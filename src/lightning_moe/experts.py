@@ -162,9 +162,17 @@ def grouped_linear(
         weight: one matrix per expert.
         offsets: where each expert's rows end.
     """
-    if _can_group(x, weight):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return _loop_linear(x, weight, None, offsets)
+    if not _can_group(x, weight):
+        return _loop_linear(x, weight, None, offsets)
+    # TODO: drop _untraced_grouped_mm once torch traces its kernel in every dtype that it runs in
+    grouped_mm = F.grouped_mm if x.dtype == torch.bfloat16 else _untraced_grouped_mm
+    return grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+@torch.compiler.disable
+def _untraced_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    # torch 2.13 runs float32 and float16, and refuses to trace them: a graph break under torch.compile
+    return F.grouped_mm(x, weight, offs=offs)
 
 
 def _loop_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
