@@ -331,6 +331,15 @@ def _experts_in(tensor: Tensor) -> str:
     return f"{tensor.shape[0]} experts" if tensor.shape[0] > 1 else "one expert, or low-rank experts"
 
 
+# what wrappers around a module put into its path: torch.compile, FSDP, activation checkpointing
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def plain_name(path: str) -> str:
+    """A module's path without what wrappers around it put there: a compiled layer has the name of the plain one."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """Finds the MoE layers of a model, by name, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_moe.layer import MoELayer, RoutedLayer
+from lightning_moe.layer import MoELayer, RoutedLayer, plain_name
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
 from lightning_moe.routers.base import token_choice
 from lightning_moe.routing import Routing, is_observed
@@ -58,8 +58,6 @@ _KEY = "_lightning_moe_native"
 _BIAS = "e_score_correction_bias"
 _COEFFICIENT = "router_aux_loss_coef"
 _SHARED = ("shared_expert", "shared_experts", "shared_expert_gate")
-# what wrappers around a module put into its path: torch.compile, FSDP, activation checkpointing
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class NativeMoE(RoutedLayer):
@@ -381,7 +379,7 @@ def _block_around(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 
 def _name(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS) or "moe"
+    return plain_name(path) or "moe"
 
 
 def _own_coefficient(modules: Mapping[str, nn.Module], block: str) -> int | float | None:

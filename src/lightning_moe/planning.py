@@ -9,7 +9,7 @@ from lightning_moe.config import UpcycleConfig
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNWeights
 from lightning_moe.initializers import ExpertInit, FFNStates, experts_like, trainable_like
-from lightning_moe.layer import MoELayer
+from lightning_moe.layer import MoELayer, plain_name
 from lightning_moe.receipt import expert_similarity
 from lightning_moe.routers import Router
 
@@ -112,9 +112,9 @@ def plan_layer(
 
 
 def layer_seed(seed: int, name: str) -> int:
-    """The seed of one layer's own random numbers."""
+    """The seed of one layer's own random numbers; that of a compiled layer is that of the plain one."""
     # crc32 and not hash(), which differs from process to process
-    return (seed * 2654435761 + zlib.crc32(name.encode())) % 2**63
+    return (seed * 2654435761 + zlib.crc32(plain_name(name).encode())) % 2**63
 
 
 def _build_router(
