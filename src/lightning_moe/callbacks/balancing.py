@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moe.callbacks.base import require_routed_layers, set_loss_scale
-from lightning_moe.layer import RoutedLayer
+from lightning_moe.layer import RoutedLayer, plain_name
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss
 from lightning_moe.native import NativeMoE, own_losses
 from lightning_moe.routing import MoEWarning
@@ -178,4 +178,4 @@ class BalanceLossCallback(Callback):
     def _by_key(self) -> Iterator[tuple[str, BalanceLoss]]:
         for name, losses in self._attached.items():
             for loss in losses:
-                yield f"{name}/{loss.name}", loss
+                yield f"{plain_name(name)}/{loss.name}", loss

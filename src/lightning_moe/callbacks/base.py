@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_moe.layer import RoutedLayer
+from lightning_moe.layer import RoutedLayer, plain_name
 from lightning_moe.native import attach_native, routed_layers, unknown_routers
 from lightning_moe.routing import Routing, observe_routing
 
@@ -30,6 +30,10 @@ def require_routed_layers(callback: Callback, pl_module: LightningModule) -> dic
     """
     attach_native(pl_module)
     if layers := routed_layers(pl_module):
+        if len({layer.name for layer in layers.values()}) < len(layers):
+            # parts of the module that were upcycled one by one; routings are recorded, and logged, by name
+            for path, layer in layers.items():
+                layer.name = plain_name(path)
         return layers
     place = f"{type(callback).__name__}: {type(pl_module).__name__}"
     if unknown := unknown_routers(pl_module):

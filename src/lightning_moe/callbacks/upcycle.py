@@ -27,7 +27,7 @@ from lightning_moe.callbacks.optimizers import dense_sources, repoint
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.config import UpcycleConfig, check_config
 from lightning_moe.ffn_search import find_ffns
-from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.receipt import Receipt
 from lightning_moe.routers import Router
@@ -272,7 +272,7 @@ class MoEUpcycleCallback(Callback):
             rank_zero_info(str(self.receipt))
         self._receipt_written = False
         for name, layer in moe_layers(pl_module).items():
-            layer.name = name
+            layer.name = plain_name(name)
 
     def _prefix(self) -> str:
         return "" if self.module is None else f"{self.module}."
