@@ -70,7 +70,6 @@ class BalanceLossCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the losses to the layers."""
         self._layers = require_routed_layers(self, pl_module)
-        window = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.manual_accumulation
         shared: dict[str, BalanceLoss] = {}
         for name, layer in self._layers.items():
             losses = layer.default_losses() if self.losses is None else self.losses
@@ -81,8 +80,6 @@ class BalanceLossCallback(Callback):
             ]
             self._attached[name] = attached
             for loss in attached:
-                if isinstance(loss, LoadBalancingLoss):
-                    loss.window = window
                 if loss.needs_outputs and isinstance(layer, NativeMoE):
                     raise MisconfigurationException(
                         f"{type(loss).__name__} looks at the experts' outputs, which {name}, a block of the model's "
@@ -131,7 +128,11 @@ class BalanceLossCallback(Callback):
                 loss.coefficient *= weight
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Sets the coefficients for this step."""
+        """Sets the coefficients for this step, and how many micro-batches it has: a callback may change that."""
+        window = trainer.accumulate_grad_batches if pl_module.automatic_optimization else self.manual_accumulation
+        for _, loss in self._by_key():
+            if isinstance(loss, LoadBalancingLoss):
+                loss.window = window
         for _, loss in self._by_key() if self.schedules else ():
             if schedule := self.schedules.get(loss.name):  # type: ignore[union-attr]
                 loss.coefficient = self._coefficients[id(loss)] * schedule(trainer.global_step)
