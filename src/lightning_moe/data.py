@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
@@ -131,6 +131,22 @@ class TextDataModule(LightningDataModule):
         # The training pass that runs or ran last, and whether any batch of it was trained on.
         self._epoch = 0
         self._begun = False
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer that this is attached to."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        # else Lightning says "Expected a parent", and not of whom
+        if trainer is not None and not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"{type(self).__name__} is a LightningDataModule of lightning.pytorch, which a Trainer of "
+                f"{type(trainer).__module__.partition('.')[0]} does not take. Write `import lightning.pytorch as pl` "
+                "instead of `import pytorch_lightning as pl` everywhere, or give the Trainer dataloaders."
+            )
+        self._trainer: Trainer | None = trainer
 
     def prepare_data(self) -> None:
         """Tokenises what is not in the cache yet."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moe.layer import RoutedLayer, plain_name
 from lightning_moe.native import attach_native, routed_layers, unknown_routers
@@ -182,6 +182,15 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, np.asarray(numpy_keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
+def overrides(module: nn.Module, name: str) -> bool:
+    """Whether a module's class has a method of its own, that of LightningModule not counted.
+
+    By where it is defined, and not by identity: a module may be of ``lightning.pytorch`` or ``pytorch_lightning``.
+    """
+    place = str(getattr(getattr(type(module), name), "__module__", ""))
+    return not place.startswith(("lightning.pytorch.core.", "pytorch_lightning.core.", "torch.nn.modules.module"))
+
+
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 

@@ -15,6 +15,7 @@ from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.base import (
     callbacks_of,
     has_training_batches,
+    overrides,
     random_state,
     set_random_state,
     training_batches,
@@ -239,7 +240,7 @@ class MoEUpcycleCallback(Callback):
 
     def _is_lazy(self, pl_module: LightningModule) -> bool:
         # whether the model is yet to be built, in configure_model
-        if type(pl_module).configure_model is LightningModule.configure_model or moe_layers(pl_module):
+        if not overrides(pl_module, "configure_model") or moe_layers(pl_module):
             return False
         try:
             find_ffns(pl_module.get_submodule(self.module or ""), self.config.family)
@@ -293,7 +294,7 @@ class MoEUpcycleCallback(Callback):
     def _calibration(self, trainer: Trainer, target: nn.Module) -> Sequence[Batch] | None:
         if not (looks_at_states(self.config.init) or looks_at_states(self.config.router_init)):
             return None
-        if self.calibration is not None and type(target).forward is LightningModule.forward:
+        if self.calibration is not None and not overrides(target, "forward"):
             inner = next((name for name, part in target.named_modules() if hasattr(part, "from_pretrained")), "model")
             raise MisconfigurationException(
                 f"calibration: {type(target).__name__} has no forward that could take a batch. Name the part that has "
