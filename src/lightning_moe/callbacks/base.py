@@ -76,6 +76,10 @@ class RoutingCallback(Callback, ABC):
         self._end_observation()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops counting, where the module's own ``on_train_batch_start`` has ended the epoch."""
+        self._end_observation()
+
         """Stops counting."""
         self._end_observation()
 
