@@ -24,7 +24,8 @@ class BalanceLossCallback(Callback):
 
     The gradient is that of ``loss + sum over layers and losses of coefficient * balance_loss``, exactly, under
     accumulation, loss scaling, activation checkpointing, manual optimisation and any strategy. The module's own loss,
-    and what it logs, stays as it is; the balance losses are logged beside it by `ExpertUtilizationCallback`.
+    and what it logs, stays as it is; the balance losses are logged beside it by `ExpertUtilizationCallback`. Each
+    forward of a layer brings its own with the backward; two backwards through one forward would bring them twice.
 
     Args:
         losses: which losses, with their coefficients; each applies to each layer, with a state of its own there if it
@@ -62,6 +63,7 @@ class BalanceLossCallback(Callback):
         self._layers: dict[str, RoutedLayer] = {}
         self._attached: dict[str, list[BalanceLoss]] = {}
         self._own: list[tuple[Any, int | float]] = []
+        self._learnt: dict[str, dict[str, Tensor]] = {}
         self._restored: dict[str, dict[str, Tensor]] | None = None
         names = [loss.name for loss in self.losses or ()]
         if len(set(names)) != len(names):
@@ -155,7 +157,9 @@ class BalanceLossCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the losses have learnt."""
-        return {"losses": {key: state for key, loss in self._by_key() if (state := loss.training_state())}}
+        # after the run, or an exception, the losses are gone from the layers
+        learnt = {key: state for key, loss in self._by_key() if (state := loss.training_state())}
+        return {"losses": learnt if self._attached else self._learnt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps it until the losses are attached."""
@@ -167,6 +171,8 @@ class BalanceLossCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the losses off the layers again, so that the model is used without this callback as it was."""
+        if self._attached:
+            self._learnt = self.state_dict()["losses"]
         for name, layer in self._layers.items():
             for loss in self._attached.get(name, []):
                 if loss.name in layer.balance_losses:

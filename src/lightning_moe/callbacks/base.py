@@ -51,17 +51,22 @@ def require_routed_layers(callback: Callback, pl_module: LightningModule) -> dic
 class RoutingCallback(Callback, ABC):
     """Sees each routing of its layers while a training batch runs; not in validation, nor that of another model.
 
-    A subclass fills ``_layers`` when the fit starts, and says in ``_count`` what to make of a routing.
+    A subclass fills ``_layers`` when the fit starts, and says in ``_count`` what to make of a routing. A checkpoint
+    written in the middle of a batch, as after an exception, has what was counted before it: the batch comes again.
     """
 
     def __init__(self) -> None:
         # by the name under which a layer records
         self._layers: dict[str, RoutedLayer] = {}
         self._stop: Callable[[], None] | None = None
+        self._before: Any = None
+        self._progress: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins to count."""
         self._end_observation()
+        self._before = self._counts()
+        self._progress = trainer.fit_loop.epoch_loop.batch_progress.current
         if self._layers:
             self._stop = observe_routing(self._observe)
 
@@ -71,21 +76,35 @@ class RoutingCallback(Callback, ABC):
         """Stops counting."""
         self._end_observation()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops counting."""
-        self._end_observation()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops counting, where the module's own ``on_train_batch_start`` has ended the epoch."""
         self._end_observation()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops counting, and forgets the batch that was not finished."""
+        self._set_counts(self._finished_counts())
+        self._end_observation()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stops counting."""
         self._end_observation()
 
     @abstractmethod
     def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
         """Takes what one forward of one layer decided; without gradients."""
+
+    @abstractmethod
+    def _counts(self) -> Any:
+        """What was counted so far; later counts leave it as it is."""
+
+    @abstractmethod
+    def _set_counts(self, counts: Any) -> None:
+        """Goes back to what ``_counts`` gave."""
+
+    def _finished_counts(self) -> Any:
+        # Lightning runs a batch again that had begun, and was not processed, when the checkpoint was written
+        is_running = self._progress is not None and self._progress.processed < self._progress.ready
+        return self._before if is_running else self._counts()
 
     @torch.no_grad()
     def _observe(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
@@ -97,6 +116,7 @@ class RoutingCallback(Callback, ABC):
         if self._stop is not None:
             self._stop()
             self._stop = None
+        self._before = self._progress = None
 
 
 def set_loss_scale(
@@ -162,10 +182,26 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
         set_random_state(state)
 
 
+def overrides(module: nn.Module, name: str) -> bool:
+    """Whether a module's class has a method of its own, that of LightningModule not counted.
+
+    By where it is defined, and not by identity: a module may be of ``lightning.pytorch`` or ``pytorch_lightning``.
+    """
+    place = str(getattr(getattr(type(module), name), "__module__", ""))
+    return not place.startswith(("lightning.pytorch.core.", "pytorch_lightning.core.", "torch.nn.modules.module"))
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's own list, which Lightning sets without declaring it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def on(state: Any, device: torch.device | str) -> Any:
+    """The same nested dictionaries with their tensors on a device."""
+    if isinstance(state, Mapping):
+        return {key: on(value, device) for key, value in state.items()}
+    return state.to(device) if isinstance(state, Tensor) else state
 
 
 def random_state() -> dict[str, Any]:
@@ -186,15 +222,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, np.asarray(numpy_keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-def overrides(module: nn.Module, name: str) -> bool:
-    """Whether a module's class has a method of its own, that of LightningModule not counted.
-
-    By where it is defined, and not by identity: a module may be of ``lightning.pytorch`` or ``pytorch_lightning``.
-    """
-    place = str(getattr(getattr(type(module), name), "__module__", ""))
-    return not place.startswith(("lightning.pytorch.core.", "pytorch_lightning.core.", "torch.nn.modules.module"))
-
-
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 

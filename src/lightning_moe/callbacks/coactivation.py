@@ -46,7 +46,11 @@ class Coactivation:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of this rank."""
-        return {name: pairs.cpu() for name, pairs in self._together.items()}
+        return dict(self._together)
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to counts of its own."""
+        self._together = dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from saved counts."""

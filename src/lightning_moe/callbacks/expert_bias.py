@@ -91,6 +91,9 @@ class ExpertBiasCallback(RoutingCallback):
         for name, load in zip(names, loads.split([len(self._load[name]) for name in names]), strict=True):
             self._layers[name].adapt(load.float(), scale)
         self._load = {}
+        if self._before is not None:
+            # what was counted before this batch is used up too
+            self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts since the last optimizer step. With several ranks the checkpoint holds those of rank 0.
@@ -98,7 +101,7 @@ class ExpertBiasCallback(RoutingCallback):
         And the biases of native blocks: the model's state dict is rounded when the precision plugin casts the model.
         """
         biases = {name: layer.expert_bias.detach().cpu().clone() for name, layer in self._native().items()}
-        return {"load": {name: load.cpu() for name, load in self._load.items()}, "biases": biases}
+        return {"load": {name: load.cpu() for name, load in self._finished_counts().items()}, "biases": biases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps them until training starts."""
@@ -118,6 +121,12 @@ class ExpertBiasCallback(RoutingCallback):
     def _count(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
         load = choice_load(routing).double()
         self._load[name] = self._load[name] + load if name in self._load else load
+
+    def _counts(self) -> dict[str, Tensor]:
+        return dict(self._load)
+
+    def _set_counts(self, counts: dict[str, Tensor]) -> None:
+        self._load = dict(counts)
 
     def _native(self) -> dict[str, NativeMoE]:
         return {name: layer for name, layer in self._layers.items() if isinstance(layer, NativeMoE)}

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_moe.callbacks.base import RoutingCallback, require_routed_layers
+from lightning_moe.callbacks.base import RoutingCallback, on, require_routed_layers
 from lightning_moe.callbacks.coactivation import Coactivation
 from lightning_moe.callbacks.dashboard import about, layout
 from lightning_moe.callbacks.heatmap import coactivation_heatmaps, load_heatmap
@@ -26,7 +26,8 @@ class ExpertUtilizationCallback(RoutingCallback):
     """Logs how the experts are used, in training.
 
     Everything is counted from selections, once per token, padding left out, over all ranks and over all steps since the
-    last log. Logged to every logger, at the Trainer's ``log_every_n_steps``:
+    last log; each ``fit`` begins anew, and one from a checkpoint goes on. Logged to every logger, at the Trainer's
+    ``log_every_n_steps``:
 
     - ``moe/max_violation`` (mean over the layers) and ``moe/max_violation_worst`` (worst layer), ``moe/dead_experts``
       (experts without a token, of all layers), ``moe/load_entropy``, ``moe/routing_entropy``, ``moe/router_margin``,
@@ -85,13 +86,16 @@ class ExpertUtilizationCallback(RoutingCallback):
         self._throughput = Throughput(pl_module, self._layers)
         log_text(trainer, "moe/about", about(self._statistics.loss_names))
         log_layout(trainer, layout(self._statistics.loss_names, per_layer=self._logs_layers()))
-        restored = self.__dict__.pop("_restored", None)
-        if restored is None:
-            return
-        self._num_logs, self._last_step = restored["num_logs"], restored["last_step"]
-        if trainer.is_global_zero:
+        restored = self.__dict__.pop("_restored", None) or {}
+        self._num_logs, self._last_step = restored.get("num_logs", 0), restored.get("last_step", -1)
+        self._last_drawn, self._last_load = (
+            restored.get("last_drawn", -1),
+            on(restored.get("last_load"), pl_module.device),
+        )
+        if restored and trainer.is_global_zero:
             self._statistics.load_state_dict(restored, pl_module.device)
             self._coactivation.load_state_dict(restored.get("coactivation", {}), pl_module.device)
+            self._probe.load_state(restored.get("probe", {}), pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins to count."""
@@ -125,6 +129,7 @@ class ExpertUtilizationCallback(RoutingCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Does what `teardown` does, which Lightning does not call after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -133,17 +138,35 @@ class ExpertUtilizationCallback(RoutingCallback):
         self._probe.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts since the last log. With several ranks the checkpoint holds those of rank 0."""
-        return {
-            **self._statistics.state_dict(),
-            "coactivation": self._coactivation.state_dict(),
+        """The counts since the last log, and what it kept. With several ranks the checkpoint holds those of rank 0."""
+        counts = self._finished_counts()
+        state = {
+            **counts["statistics"],
+            "coactivation": counts["coactivation"],
+            "probe": SelectionProbe.to_state(counts["probe"]),
             "num_logs": self._num_logs,
             "last_step": self._last_step,
+            "last_load": self._last_load,
+            "last_drawn": self._last_drawn,
         }
+        saved: dict[str, Any] = on(state, "cpu")
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting where the checkpoint was written."""
         self._restored = state_dict
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "statistics": self._statistics.state_dict(),
+            "coactivation": self._coactivation.state_dict(),
+            "probe": self._probe.kept,
+        }
+
+    def _set_counts(self, counts: dict[str, Any]) -> None:
+        self._statistics.set_state(counts["statistics"])
+        self._coactivation.set_state(counts["coactivation"])
+        self._probe.keep(counts["probe"])
 
     def _logs_layers(self) -> bool:
         return self.per_layer and len(self._layers) <= _MAX_LAYER_SCALARS

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.calibration import evaluating
+from lightning_moe.callbacks.base import on
 from lightning_moe.layer import RoutedLayer
 from lightning_moe.metrics import routing_overlap
 from lightning_moe.native import NativeMoE
@@ -44,11 +45,20 @@ class SelectionProbe:
         """Ends it."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._kept, self._waiting = [], {}, set()
+        self._handles, self._waiting = [], set()
 
     def look(self) -> None:
         """Looks at the next forward of each router."""
         self._waiting = set(self._layers)
+
+    @property
+    def kept(self) -> dict[str, tuple[Tensor, Routing]]:
+        """The hidden states of the last log, and how they were routed then."""
+        return dict(self._kept)
+
+    def keep(self, kept: Mapping[str, tuple[Tensor, Routing]]) -> None:
+        """Goes back to what ``kept`` was, and to nothing compared with it yet."""
+        self._kept, self._changed = dict(kept), {}
 
     def totals(self, device: torch.device) -> Tensor:
         """Of each layer in a row: the sum over tokens of the share of choices that changed, and the tokens; (L, 2)."""
@@ -59,6 +69,21 @@ class SelectionProbe:
     def names(self) -> list[str]:
         """The layers whose routers it looks at."""
         return list(self._layers)
+
+    @staticmethod
+    def to_state(kept: Mapping[str, tuple[Tensor, Routing]]) -> dict[str, Any]:
+        """``kept`` as what a checkpoint can hold without pickled classes: up to 128 hidden states of each layer."""
+        return {name: {"states": x, "routing": vars(routing)} for name, (x, routing) in kept.items()}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Keeps what `to_state` gave."""
+        known = {name: saved for name, saved in state.items() if name in self._layers}
+        self.keep(
+            {
+                name: (on(saved["states"], device), Routing(**on(saved["routing"], device)))
+                for name, saved in known.items()
+            }
+        )
 
     @torch.compiler.disable
     @torch.no_grad()

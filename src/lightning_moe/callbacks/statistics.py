@@ -95,10 +95,11 @@ class RoutingStatistics:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The sums of this rank."""
-        return {
-            "load": {name: tensor.cpu() for name, tensor in self._load.items()},
-            "sums": {name: tensor.cpu() for name, tensor in self._sums.items()},
-        }
+        return {"load": dict(self._load), "sums": dict(self._sums)}
+
+    def set_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Goes back to sums of its own."""
+        self._load, self._sums = dict(state["load"]), dict(state["sums"])
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from saved sums; those of other losses, or of an earlier version, do not add up with what comes."""
