@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader
@@ -212,6 +214,16 @@ class GradientRecorder(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.steps.append({k: p.grad.clone() for k, p in pl_module.named_parameters() if p.grad is not None})
+
+
+class ScaledFloat32(MixedPrecision):
+    """GradScaler without autocast: the scaling is all that differs from plain float32."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def forward_context(self):
+        return nullcontext()
 
 
 class BalanceSum:

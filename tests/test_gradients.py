@@ -3,11 +3,8 @@
 The modules learn with a rate of 0, so that every step has the same weights and can be compared.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from lightning_fixtures import (
     MOE_PARAMETERS,
     BalanceSum,
@@ -17,6 +14,7 @@ from lightning_fixtures import (
     GroupsModule,
     LazyModule,
     ManualModule,
+    ScaledFloat32,
     SkippingModule,
     TwoOptimizersModule,
     batches,
@@ -38,16 +36,6 @@ from lightning_moe import (
 )
 
 LOSSES = [LoadBalancingLoss(0.3), ZLoss(0.05)]
-
-
-class ScaledFloat32(MixedPrecision):
-    """GradScaler without autocast: the scaling is all that differs from plain float32."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-
-    def forward_context(self):
-        return nullcontext()
 
 
 def trained_gradients(tmp_path, module, data, *, losses=LOSSES, manual_accumulation=1, **options):
