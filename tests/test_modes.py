@@ -410,6 +410,64 @@ def test_compiled(tmp_path, way):
     assert "checked" in run_script(code, tmp_path, timeout=200).stdout
 
 
+TWO_RANKS = """
+import sys
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_fixtures import ForeignModule, GradientRecorder, batches, trainer_of
+from lightning_moe import MoEUpcycleCallback
+from test_resumed_state import Save
+from test_modes import LOSSES, config
+
+torch.set_num_threads(1)
+folder, made = sys.argv[1], batches(16, padding=True)
+
+
+def fit(module, first=0, path=None, callbacks=()):
+    trainer = trainer_of(
+        folder, [MoEUpcycleCallback(config(), balance_losses=LOSSES), *callbacks], devices=2, log_every_n_steps=2,
+        strategy=DDPStrategy(process_group_backend="gloo"), accumulate_grad_batches=2, use_distributed_sampler=False,
+    )
+
+    class Ranks:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return made[(2 * (index + first) + trainer.global_rank) % 16]
+
+    trainer.fit(module, torch.utils.data.DataLoader(Ranks(), batch_size=None), ckpt_path=path)
+    return trainer, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+recorder = GradientRecorder()
+trainer, weights = fit(ForeignModule(lr=0.0), callbacks=[recorder])
+trained, whole = fit(ForeignModule(), callbacks=[Save(folder + "/half.ckpt", number=4)])
+resumed, again = fit(ForeignModule(seed=5), 4, folder + "/half.ckpt")
+assert resumed.global_step == trained.global_step == 4
+assert all(again[name].equal(value) for name, value in whole.items())
+if trainer.is_global_zero:
+    found = {"gradients": recorder.steps[0], "weights": weights}
+    torch.save(found | {"logs": [one.logger.log_dir for one in (trainer, trained, resumed)]}, folder + "/found.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_with_accumulation_and_a_resume_between_two_steps(tmp_path):
+    run_script(TWO_RANKS, tmp_path, tmp_path, timeout=200)
+    found = torch.load(tmp_path / "found.pt")
+    gradients, loads, biases = Twin(Mode(divisor=4)).run(one_by_one(batches(16, padding=True), 4))
+    # DDP sums the ranks last
+    same_gradients(found["gradients"], gradients, 2e-6)
+    for name, bias in biases.items():
+        assert found["weights"][f"{name}.router.expert_bias"].equal(bias), name
+    table, whole, again = map(logged, found["logs"])
+    for step, values in ((1, counts_logged(loads[:2])), (3, counts_logged(loads[2:]))):
+        assert {key: table[step][key] for key in values} == exact(values)
+        # of the learning run, whose checkpoint was written at its first log
+        assert step == 1 or {key: again[step][key] for key in values} == {key: whole[step][key] for key in values}
+
+
 # Where nothing is written
 
 

@@ -70,15 +70,15 @@ def by_losses():
 class Save(Callback):
     """Writes a checkpoint after so many batches, behind or before all other callbacks, or at the end of validation."""
 
-    def __init__(self, path, when="on_train_batch_end"):
-        self.path, self.seen = path, 0
+    def __init__(self, path, when="on_train_batch_end", number=STOP):
+        self.path, self.number, self.seen = path, number, 0
         setattr(self, when, self.save)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen = batch_idx + 1
 
     def save(self, trainer, *_):
-        if self.seen == STOP:
+        if self.seen == self.number:
             trainer.save_checkpoint(self.path)
 
 
@@ -209,3 +209,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, balanced, name):
     before, after = (logged(trainer.logger.log_dir) for trainer in (whole, again))
     assert after or "exception" in name
     assert {k: counted(v) for k, v in after.items()} == {k: counted(v) for k, v in before.items() if k >= min(after)}
+
+
+def test_what_losses_have_learnt_is_in_a_checkpoint_written_after_the_run(tmp_path):
+    def fit(epochs, path=None):
+        callback = BalanceLossCallback(AdaptiveL1Loss(1e-3, top_k=1))
+        callbacks = [MoEUpcycleCallback(small_config()), callback]
+        trainer = trainer_of(tmp_path, callbacks, max_epochs=epochs, log_every_n_steps=1)
+        trainer.fit(ForeignModule(lr=0.0), loader(batches(3)), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        return next(iter(callback.state_dict()["losses"].values()))["multiplier"].item()
+
+    # two experts for each token where one was wanted: up by a factor of 1.2 with every step
+    assert fit(1) == pytest.approx(1.2**3, rel=1e-5)
+    assert fit(2, tmp_path / "after.ckpt") == pytest.approx(1.2**6, rel=1e-5)
+
+
+def test_a_second_fit_draws_no_picture_of_one_that_failed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ExpertUtilizationCallback, "_draw", lambda self, trainer, load, step: drawn.append(step))
+    callback = ExpertUtilizationCallback(images_every_n_logs=2)
+    run(tmp_path, [MoEUpcycleCallback(small_config()), callback], Stops(), batches(NUM_BATCHES))
+    assert drawn == [1]
+    run(tmp_path, [MoEUpcycleCallback(small_config()), callback], ForeignModule(), batches(1))
+    assert drawn == [1]
