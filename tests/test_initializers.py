@@ -25,6 +25,7 @@ from lightning_moe import (
     LossFreeRouter,
     LowRankExperts,
     LowRankInit,
+    MoEWarning,
     NoiseInit,
     NoisyTopKRouter,
     NormalRouterInit,
@@ -294,7 +295,7 @@ def test_splitting_is_the_dense_model_if_every_expert_is_taken_alike(method, fam
         dense, moe, receipt = made(SplitInit(method), family, num_experts=4, router=router)
         assert difference(dense, moe, family) <= PROMISE
         assert receipt.preserved
-        assert "a token has all of them, with equal weights" in receipt.reason
+        assert "a token has all of them with equal weights" in receipt.reason
 
 
 @pytest.mark.parametrize(
@@ -377,6 +378,16 @@ def test_hidden_states_that_are_no_numbers_are_refused(changes):
     dense.model.layers[0].input_layernorm.weight.data[0] = math.nan
     with pytest.raises(ValueError, match=r"calibration\[0\]: the hidden states before model.layers.0.mlp are not all"):
         upcycle(dense, UpcycleConfig(num_experts=4, **changes), calibration=[batch])
+    assert moe_layers(dense) == {}
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3, 7).long(), None])
+def test_a_batch_without_a_token_is_refused(mask):
+    whole = {"input_ids": token_ids()}
+    empty = {**whole, "attention_mask": mask} if mask is not None else {"input_ids": token_ids()[:0]}
+    dense = dense_model()
+    with pytest.raises(ValueError, match=r"calibration\[1\] holds no token, or padding only"):
+        upcycle(dense, UpcycleConfig(num_experts=2, router_init=CentroidRouterInit()), calibration=[whole, empty])
     assert moe_layers(dense) == {}
 
 
@@ -594,6 +605,7 @@ def test_a_branch_that_computes_something_else_with_weights_of_the_same_shapes_i
 def test_what_does_not_change_the_computation_may_differ_between_branches(tmp_path):
     dense, branch = dense_model(), branches_of()[0]
     branch.config.use_cache, branch.config.bos_token_id, branch.config.attention_dropout = False, 7, 0.1
+    branch.config.pad_token_id = branch.model.embed_tokens.padding_idx = 3
     branch.save_pretrained(tmp_path)
     upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([str(tmp_path)])))
     assert len(moe_layers(dense)) == 2
@@ -613,6 +625,19 @@ def test_a_wrong_number_of_experts_is_told_before_any_branch_is_loaded():
     init = BranchTrainMixInit(["nowhere/at-all"])
     with pytest.raises(ValueError, match="has 1 model and the dense model itself; set num_experts=2"):
         upcycle(dense_model(), UpcycleConfig(num_experts=4, init=init))
+
+
+def test_an_empty_directory_is_no_branch(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no model: there is no config\.json in it"):
+        upcycle(dense_model(), UpcycleConfig(num_experts=2, init=BranchTrainMixInit([str(tmp_path)])))
+
+
+def test_what_a_branch_has_not_stays_and_is_told():
+    dense = dense_model()
+    head = dense.lm_head.weight.clone()
+    with pytest.warns(MoEWarning, match=r"lm_head.weight and 0 other parameters are no part of the branches"):
+        upcycle(dense, UpcycleConfig(num_experts=2, init=BranchTrainMixInit([branches_of()[0].model])))
+    assert torch.equal(dense.lm_head.weight, head)
 
 
 def test_a_mixture_of_experts_is_no_branch(tmp_path):

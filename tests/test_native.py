@@ -31,9 +31,11 @@ from lightning_moe import (
     RouterOrthogonalityLoss,
     RouterScheduleCallback,
     StepSchedule,
+    UpcycleConfig,
     ZLoss,
     load_balancing_loss,
     record_routing,
+    upcycle,
 )
 from lightning_moe.metrics import max_violation
 from lightning_moe.native import NATIVE_ROUTERS, attach_native, detach_native, routed_layers, sigmoid_scores
@@ -634,6 +636,28 @@ def test_a_model_with_neither_says_what_would_help(tmp_path):
 
     with pytest.raises(MisconfigurationException, match=r"their router \(DbrxRouter\) is not one that is known"):
         trainer_of(tmp_path, [BalanceLossCallback()]).fit(Dense(Unknown(2, 2)), loader(batches(1)))
+
+
+def test_a_model_that_is_moe_already_is_not_upcycled():
+    for name in ("MixtralForCausalLM", "DeepseekV3ForCausalLM"):
+        model = NativeModule(name).model
+        before = [*model.state_dict()]
+        with pytest.raises(ValueError, match=r"is a Mixture of Experts already: .* is a block of it.*docs/native.md"):
+            upcycle(model, UpcycleConfig(num_experts=2))
+        assert [*model.state_dict()] == before
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_watching_leaves_a_model_that_collects_its_router_logits_alone(padding, tmp_path):
+    """transformers collects what routers return: whoever asks one more must not be among them."""
+    weights, data = [], batches(3, padding=padding)
+    for callbacks in ([], [ExpertUtilizationCallback()]):
+        module = NativeModule("MixtralForCausalLM", lr=0.5)
+        module.model.config.output_router_logits = True
+        module.model.router_aux_loss_coef = 0.5
+        trainer_of(tmp_path, callbacks, log_every_n_steps=1).fit(module, loader(data))
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("name", ["native.md", "dashboard.md"])

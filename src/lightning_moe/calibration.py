@@ -135,7 +135,7 @@ def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 def _unpadded(x: Tensor, batch: Batch) -> Tensor:
-    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = x.detach().flatten(0, -2)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return rows[mask.reshape(-1).bool()] if mask is not None and mask.numel() == len(rows) else rows
 
@@ -148,6 +148,10 @@ def _hidden_states(model: nn.Module, names: Sequence[str], batches: Sequence[Bat
     def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = _unpadded(given[0], current[0])
+            if not len(rows):
+                raise ValueError(
+                    f"calibration[{len(collected[name])}] holds no token, or padding only. Give each batch some text."
+                )
             if not bool(rows.isfinite().all()):
                 raise ValueError(
                     f"calibration[{len(collected[name])}]: the hidden states before {name} are not all finite numbers. "
@@ -186,7 +190,7 @@ def _saliency(model: nn.Module, dense: Mapping[str, FFNWeights], batches: Sequen
         if not bool(loss.isfinite().all()):
             raise ValueError(
                 f"calibration[{number}]: the loss is {float(loss.detach())}, and importance by gradient needs a finite "
-                "one. Give batches with labels that are not all -100."
+                "one. Give batches with labels that are not all -100, or look at the weights of the model."
             )
         # and not backward(), which would add to the parameters' gradients
         gradients = torch.autograd.grad(loss, list(hidden.values()), allow_unused=True)
@@ -205,8 +209,9 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
         out = model(**given) if "labels" in given else None
     loss = getattr(out, "loss", None)
     if not isinstance(loss, Tensor):
+        has = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "that are no mappings"
         raise ValueError(
-            f"calibration: {type(model).__name__} gives no loss on these batches, and importance by gradient needs "
-            'one. Give batches with "labels" to a model that returns `.loss`, or take method="activation".'
+            f"calibration: {type(model).__name__} gives no loss on batches {has}, and importance by gradient needs "
+            'one. Give "labels", or a causal language model its "input_ids", or take method="activation".'
         )
     return loss

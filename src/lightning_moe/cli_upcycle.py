@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
+from lightning_moe.analysis.texts import read_texts
 from lightning_moe.calibration import looks_at_states
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.config import UpcycleConfig
@@ -54,8 +55,9 @@ def upcycle_checkpoint(
         output: the directory to write, which must be empty or not exist.
         dtype: of the weights, "auto" as they were saved.
         auto_class: transformers' class that loads a model by name.
-        calibration_files: text files. The first 1024 tokens of each are a calibration batch, for initialisers that look
-            at hidden states (one file for each domain), and step 0 is measured on the first 128 tokens of the first.
+        calibration_files: text files, or JSONL and Parquet with a column "text". The first 1024 tokens of each are a
+            calibration batch, for initialisers that look at hidden states (one for each domain); step 0 is measured on
+            the first 128 tokens of the first.
         dry_run: whether only to tell what would become of the model: no weights are loaded, nothing is written.
 
     Returns:
@@ -94,7 +96,9 @@ def main(args: Sequence[str]) -> None:
     parser = _Parser(prog="lightning-moe upcycle", description=description, allow_abbrev=False)
     parser.add_argument("--config_file", action="config", help="YAML with all these options.")
     parser.add_function_arguments(upcycle_checkpoint, skip={"calibration_files"})
-    parser.add_argument("--calibration_files", nargs="+", type=str, help="Text files, one for each calibration batch.")
+    parser.add_argument(
+        "--calibration_files", nargs="+", type=str, help="Text, JSONL or Parquet files, one for each batch."
+    )
     given = parser.parse_args(list(args))
     # TODO: drop instantiate_classes once jsonargparse>=4.53
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
@@ -170,19 +174,26 @@ def _read(name: str, files: Sequence[Path]) -> list[Tensor]:
     limit = min(_CALIBRATION_TOKENS, getattr(config.get_text_config(), "max_position_embeddings", _CALIBRATION_TOKENS))
     batches = []
     for file in files:
-        try:
-            with file.open(encoding="utf-8") as lines:
-                # no token is longer on average
-                text = lines.read(32 * limit)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"calibration_files: {str(file)!r} is no UTF-8 text ({error}). Give text files."
-            ) from error
+        text = _text(file, 32 * limit)  # no token is longer on average
         ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][:, :limit]
         if not text.strip() or ids.numel() == 0:
             raise ValueError(f"calibration_files: {str(file)!r} holds no text. Give text files, or leave it out.")
         batches.append(ids.to(torch.int64))
     return batches
+
+
+def _text(file: Path, num_characters: int) -> str:
+    if file.suffix in (".jsonl", ".json", ".parquet"):
+        documents = read_texts("calibration_files", [file], "text")
+        parts: list[str] = []
+        while sum(map(len, parts)) < num_characters and (document := next(documents, None)) is not None:
+            parts.append(document)
+        return "\n\n".join(parts)[:num_characters]
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return lines.read(num_characters)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration_files: {str(file)!r} is no UTF-8 text ({error}). Give text files.") from error
 
 
 def _check_enough(config: UpcycleConfig, files: Sequence[Path], batches: Sequence[Tensor]) -> None:

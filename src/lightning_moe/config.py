@@ -1,5 +1,6 @@
 """The one configuration: what to make of a dense model."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ class UpcycleConfig:
             by S + w.
         capacity_factor: in training each expert takes at most ``ceil(capacity_factor * N / E)`` of the N assignments of
             a batch, and drops the others; None takes all, as evaluation does. See `limit_capacity`.
-        layers: which of the model's FFNs, counted from 0 in the order of its modules: ``"all"``; a slice such as
-            ``"1::2"``; a number or a list of them; a name pattern such as ``"model.layers.1?.*"``; or a list of all
-            these.
+        layers: which of the model's dense FFNs, counted from 0 in the order of its modules, without those that are
+            upcycled already: ``"all"``; a slice such as ``"1::2"``; a number or a list of them; a name pattern such as
+            ``"model.layers.1?.*"``; or a list of all these.
         family: the parts of the model's FFNs, where `FFN_FAMILIES` does not know them.
         seed: what each layer's own random numbers derive from, with its name; None takes the seed of
             ``seed_everything``.
@@ -51,11 +52,11 @@ class UpcycleConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_experts, int) or self.num_experts < 1:
+        if not isinstance(self.num_experts, int) or isinstance(self.num_experts, bool) or self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts!r}: wanted a whole number of experts, 1 or more.")
         if not isinstance(self.num_shared_experts, int) or self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts!r}: wanted a whole number, 0 or more.")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor!r}: wanted a number > 0, as 1.25, or None for no limit."
             )

@@ -87,7 +87,6 @@ class NativeMoE(RoutedLayer):
         self.loss_coefficient = loss_coefficient
         self.bias_rate: int | float = 1e-3
         self._sequence_length: int | None = None
-        self._asking = False
         # bound methods and no closures: a deep copy of the model takes a copy of this along
         self._handles = [
             block.register_forward_pre_hook(self._note_length, with_kwargs=True),
@@ -126,7 +125,7 @@ class NativeMoE(RoutedLayer):
             bias += (torch.sign(load.mean() - load) * (self.bias_rate * scale)).to(bias)
 
     def default_losses(self) -> list[BalanceLoss]:
-        """`LoadBalancingLoss` with the model's own coefficient; where it has none, those of our router of its kind."""
+        """`LoadBalancingLoss` with the model's own coefficient; where that is 0 or none, those of our own router."""
         if self.loss_coefficient:
             return [LoadBalancingLoss(float(self.loss_coefficient))]
         if self.adapts_to_load:
@@ -145,12 +144,8 @@ class NativeMoE(RoutedLayer):
         return Tokens() if length is None else self.context.tokens(num_tokens // max(length, 1), length)
 
     def route(self, x: Float[Tensor, "T D"]) -> Routing:
-        """Asks the router, past the hook."""
-        self._asking = True
-        try:
-            logits, weights, expert_ids = self.router(x)
-        finally:
-            self._asking = False
+        """Asks the router, past all hooks: transformers collects what its routers return by hooks too."""
+        logits, weights, expert_ids = self.router.forward(x)
         return self._routing_of(logits, weights, expert_ids, Tokens())
 
     def reroute(self, change: Callable[[Routing], Routing]) -> RemovableHandle:
@@ -227,7 +222,7 @@ class NativeMoE(RoutedLayer):
     def _after_router(
         self, router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self._asking or (not self.balance_losses and not is_observed()):
+        if not self.balance_losses and not is_observed():
             return None
         if self.training != router.training:
             # no child of the model, which would tell it: losses that count ask for it
@@ -312,6 +307,13 @@ def attached(model: nn.Module) -> Iterator[None]:
     finally:
         if not before:
             detach_native(model)
+
+
+def native_blocks(model: nn.Module) -> list[str]:
+    """Names the MoE blocks that a model brings itself, attached or not."""
+    modules = dict(model.named_modules())
+    blocks = (_block_around(modules, path) for path, router in modules.items() if _scores_of(router) is not None)
+    return [_name(block) for block in blocks if block is not None]
 
 
 def detach_native(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What an upcycling did: in words, in plain Python, and measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -175,7 +176,10 @@ def _lines(title: str, rows: list[tuple[str, str]]) -> str:
 def _step_zero(receipt: Receipt | Expansion, before: str) -> list[tuple[str, str]]:
     rows = [("step 0", f"{before if receipt.preserved else f'NOT {before}'}: {receipt.reason}")]
     if receipt.measured_difference is not None:
-        rows.append(("measured", f"max |logit difference| = {receipt.measured_difference:.1e}"))
+        text = f"max |logit difference| = {receipt.measured_difference:.1e}"
+        rows.append(
+            ("measured", "nan: not all outputs are numbers" if math.isnan(receipt.measured_difference) else text)
+        )
     return rows
 
 

@@ -14,6 +14,7 @@ from lightning_moe.ffn import FFNWeights
 from lightning_moe.ffn_search import find_ffns, find_lookalikes
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates
 from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.native import native_blocks
 from lightning_moe.planning import LayerPlan, check_sizes, plan_layer
 from lightning_moe.receipt import Receipt, num_bytes, num_parameters
 from lightning_moe.routers import Router
@@ -53,8 +54,8 @@ def upcycle(
     Raises:
         TypeError: if ``config`` is no `UpcycleConfig`, ``batch`` no inputs, ``calibration`` no list of these, or if no
             FFN of a known family is found.
-        ValueError: if all layers are to be upcycled and some are already, if ``config.layers`` matches nothing, if the
-            router refuses its arguments, if an initialiser does not fit the FFNs or the router, or if it needs
+        ValueError: if all layers are to be upcycled and some are MoE already, if ``config.layers`` matches nothing, if
+            the router refuses its arguments, if an initialiser does not fit the FFNs or the router, or if it needs
             ``calibration``.
 
     Example:
@@ -116,6 +117,13 @@ def _check(model: nn.Module, config: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is upcycled already: {next(iter(done))} is a MoE layer. For a part of it that is "
             'still dense, name the layers, as layers="*vision_tower*".'
+        )
+    if config.layers == "all" and (blocks := native_blocks(model)):
+        raise ValueError(
+            f"{type(model).__name__} is a Mixture of Experts already: {blocks[0]} is a block of it. "
+            "BalanceLossCallback, ExpertBiasCallback and ExpertUtilizationCallback serve it without upcycling, see "
+            "docs/native.md. "
+            'For FFNs of it that are dense, name the layers, as layers="*vision_tower*".'
         )
 
 

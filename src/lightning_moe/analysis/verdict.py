@@ -1,7 +1,7 @@
 """Whether routing is healthy, in plain words with numbers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_moe.analysis.results import Analysis, LayerAnalysis
@@ -17,6 +17,9 @@ _UNEVEN, _COLLAPSED = 0.5, 0.8
 _WORTH = 0.01
 _COPIES = 0.995
 _FLAT = 0.98
+# tokens of a fair share: the busiest of 8 experts is then rarely above 1.3 times it by accident
+_ENOUGH = 64
+_HOW_MUCH = "how much text"
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,29 @@ def findings(analysis: Analysis) -> list[Finding]:
         _certainty,
         _change,
     )
-    return [finding for check in checks if (finding := check(analysis)) is not None]
+    found = [finding for check in checks if (finding := check(analysis)) is not None]
+    return found if (few := _too_few(analysis)) is None else [few, *(replace(one, status="note") for one in found)]
 
 
 def verdict(found: Sequence[Finding]) -> str:
     """All answers in one sentence."""
+    if any(one.title == _HOW_MUCH for one in found):
+        return "There is too little text to tell whether routing is healthy."
     problems = {status: [one.title for one in found if one.status == status] for status in ("bad", "watch")}
     if problems["bad"]:
         return f"Routing is not healthy. Look at: {_listed([*problems['bad'], *problems['watch']])}."
     if problems["watch"]:
         return f"Routing works, and something is worth a look: {_listed(problems['watch'])}."
     return "Routing is healthy: the experts are used evenly, and nothing stands out."
+
+
+def _too_few(analysis: Analysis) -> Finding | None:
+    tokens = sum(analysis.tokens.values())
+    share = min(tokens * layer.experts_per_token / layer.num_experts for layer in analysis.layers)
+    if share >= _ENOUGH:
+        return None
+    text = f"{tokens:,} tokens make {share:.3g} for each expert, and uneven counts by accident; give {_ENOUGH} or more."
+    return Finding("watch", _HOW_MUCH, text)
 
 
 def summary(analysis: Analysis) -> str:

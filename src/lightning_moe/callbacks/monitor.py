@@ -42,7 +42,8 @@ class ExpertUtilizationCallback(RoutingCallback):
 
     Args:
         per_layer: whether to log the scalars of each layer.
-        images_every_n_logs: pictures and a histogram with every n-th log, and at the end; 0 turns them off.
+        images_every_n_logs: pictures and a histogram with every n-th log, and of the last one at the end; 0 turns them
+            off. A run shorter than ``log_every_n_steps`` logs nothing, as of Lightning's own.
 
     Example:
         >>> ExpertUtilizationCallback(images_every_n_logs=5).per_layer

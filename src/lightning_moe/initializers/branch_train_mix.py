@@ -1,6 +1,7 @@
 """Branch-train-mix: experts from several fine-tuned models."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.ffn_search import find_ffns
 from lightning_moe.initializers.base import ExpertInit, FFNStates, copy_neurons
 from lightning_moe.routers import Router
+from lightning_moe.routing import MoEWarning
 
 # entries of a configuration that do not change what a model computes from given inputs
 _DESCRIBING = {
@@ -23,6 +25,7 @@ _DESCRIBING = {
     "initializer_range",
     "label2id",
     "max_position_embeddings",
+    "pretraining_tp",
     "return_dict",
     "task_specific_params",
     "torch_dtype",
@@ -84,6 +87,7 @@ class BranchTrainMixInit(ExpertInit):
             if isinstance(branch, nn.Module):
                 label = f"models: number {number}, a {type(branch).__name__},"
                 _check_branch(label, model.get_submodule(found._home), branch)
+        _warn_of_what_stays(model, found._home)
         found._ffns = [find_ffns(branch, family) for branch in found._branches]
         return found
 
@@ -153,6 +157,8 @@ def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
     cls = type(own)
     if (Path(branch) / "moe_config.json").is_file():
         raise ValueError(f"models: {branch!r} holds a Mixture-of-Experts model; branches are dense models.")
+    if Path(branch).is_dir() and not (Path(branch) / "config.json").is_file():
+        raise ValueError(f"models: {branch!r} holds no model: there is no config.json in it.")
     try:
         with torch.device("meta"):
             empty: nn.Module = cls(cls.config_class.from_pretrained(branch))
@@ -171,6 +177,18 @@ def _load(model: nn.Module, branch: str | nn.Module) -> nn.Module:
         )
     module: nn.Module = loaded
     return module
+
+
+def _warn_of_what_stays(model: nn.Module, home: str) -> None:
+    inside = {id(parameter) for parameter in model.get_submodule(home).parameters()}
+    outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    if outside:
+        warnings.warn(
+            f"BranchTrainMixInit: {outside[0]} and {len(outside) - 1} other parameters are no part of the branches, "
+            "and stay as they are in the model that is upcycled.",
+            MoEWarning,
+            stacklevel=4,
+        )
 
 
 def _home(model: nn.Module, branch: nn.Module, names: Sequence[str]) -> str:
@@ -220,8 +238,10 @@ def _settings(model: nn.Module) -> dict[str, Any]:
         to_dict = getattr(getattr(module, "config", None), "to_dict", None)
         if callable(to_dict) and (not name or "config" not in found):
             found |= _computing(to_dict(), "config")
-        # which numbers are dropped in training changes nothing of what is computed
-        if not isinstance(module, nn.Dropout):
+        # neither which numbers are dropped in training nor which token is padding changes what is computed
+        if isinstance(module, nn.Embedding):
+            found[name] = f"{type(module).__name__}(max_norm={module.max_norm})"
+        elif not isinstance(module, nn.Dropout):
             found[name] = f"{type(module).__name__}({module.extra_repr()})"
     return found
 

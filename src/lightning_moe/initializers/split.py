@@ -95,7 +95,7 @@ class SplitInit(ExpertInit):
             return False, f"{parts}, and a token has not all experts"
         if not weighs_groups_evenly(router, router.num_experts):
             return False, f"{parts}, and {type(router).__name__} does not weigh them equally"
-        return True, f"{parts}, a token has all of them, with equal weights,"
+        return True, f"{parts}, a token has all of them with equal weights"
 
     @torch.no_grad()
     def __call__(

@@ -171,6 +171,8 @@ def gate_logits(x: Float[Tensor, "T D"], gate: Float[Tensor, "E D"]) -> Float[Te
 
 def check_top_k(top_k: int, num_experts: int) -> None:
     """Raises if a token cannot choose ``top_k`` of ``num_experts``."""
+    if not isinstance(top_k, int):
+        raise ValueError(f"top_k={top_k!r}: wanted a whole number.")
     if not 1 <= top_k <= num_experts:
         more = f", or num_experts to {top_k} or more" if top_k > num_experts else ""
         raise ValueError(
