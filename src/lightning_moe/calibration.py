@@ -104,13 +104,16 @@ def check_batches(name: str, batches: Any) -> None:
 
 
 def check_batch(name: str, batch: Any) -> None:
-    """Raises a `TypeError` if this is not the inputs of a model; ``name`` is the argument's."""
+    """Raises if this is not the inputs of a model, or if they are empty; ``name`` is the argument's."""
     inside = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if not isinstance(inside, (Mapping, Tensor)):
         raise TypeError(
             f"{name} is {batch!r}, a {type(batch).__name__}; wanted inputs of the model: a mapping of keyword "
             "arguments, as a tokenizer's output, or a tensor."
         )
+    values = inside.values() if isinstance(inside, Mapping) else [inside]
+    if any(isinstance(value, Tensor) and value.numel() == 0 for value in values):
+        raise ValueError(f"{name} holds no token, or padding only. Give each batch some text.")
 
 
 @contextmanager
