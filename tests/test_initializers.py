@@ -781,7 +781,7 @@ def test_kmeans_rows_spread_the_tokens_they_were_made_of():
             {"num_experts": 2},
             "'nowhere/at-all' is no directory here, and from the Hub cannot be loaded as Llama",
         ),
-        (None, {"router_init": CentroidRouterInit()}, "1 calibration batches for 8 experts"),
+        (None, {"router_init": CentroidRouterInit()}, "1 calibration batch for 8 experts"),
         (None, {"router_init": OrthogonalRouterInit(), "num_experts": 17}, "17 experts cannot have orthogonal rows"),
         (None, {"router_init": NormalRouterInit(), "router": ROUTERS["cosine"]}, "CosineRouter has not"),
     ],
