@@ -289,6 +289,26 @@ def observe_routing(observer: Observer) -> Callable[[], None]:
     return stop
 
 
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Hides what runs inside the ``with`` block from every window that is open outside of it.
+
+    Example:
+        >>> from lightning_moe import Experts, MoELayer, TopKRouter
+        >>> layer = MoELayer(TopKRouter(8, 4, top_k=2), Experts(4, 8, 16))
+        >>> with record_routing() as window, unobserved():
+        ...     _ = layer(torch.randn(1, 5, 8))
+        >>> len(window)
+        0
+    """
+    hidden = _observers[:]
+    _observers.clear()
+    try:
+        yield
+    finally:
+        _observers[:0] = hidden
+
+
 def is_recomputing() -> bool:
     """Whether this forward is one that activation checkpointing repeats during a backward."""
     # Inside any backward the engine has a current graph task; -1 outside. True for both kinds of checkpointing, where

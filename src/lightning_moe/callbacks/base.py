@@ -5,13 +5,11 @@ be scaled by is known to `on_before_backward` (accumulation, loss scaler) and to
 strategy does to it later, as DeepSpeed).
 """
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_moe.layer import RoutedLayer, plain_name
 from lightning_moe.native import attach_native, routed_layers, unknown_routers
+from lightning_moe.randomness import kept_random_state
 from lightning_moe.routing import Routing, observe_routing
 
 
@@ -166,8 +165,7 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
             f"calibration={number} takes batches of the training data, which there are only in fit(...), or with a "
             "datamodule. Give the batches themselves, or call upcycle(model, config, calibration=[batch, ...]) before."
         )
-    state = random_state()
-    try:
+    with kept_random_state():
         if not fitting:
             source.setup("fit")
         loader = source.dataloader() if fitting else source.train_dataloader()
@@ -178,8 +176,6 @@ def training_batches(trainer: Any, number: int) -> list[Any]:
         # every rank may have data of its own, and all must make the same model
         batches: list[Any] = trainer.strategy.broadcast(list(islice(loader, number)))
         return batches
-    finally:
-        set_random_state(state)
 
 
 def overrides(module: nn.Module, name: str) -> bool:
@@ -202,28 +198,6 @@ def on(state: Any, device: torch.device | str) -> Any:
     if isinstance(state, Mapping):
         return {key: on(value, device) for key, value in state.items()}
     return state.to(device) if isinstance(state, Tensor) else state
-
-
-def random_state() -> dict[str, Any]:
-    """Reads the state of every global generator, as what a checkpoint can hold without pickled classes."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Puts every global generator where `random_state` found it."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, numpy_keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(numpy_keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
 def uses_deepspeed(trainer: Any) -> bool:

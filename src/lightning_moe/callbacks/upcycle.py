@@ -16,8 +16,6 @@ from lightning_moe.callbacks.base import (
     callbacks_of,
     has_training_batches,
     overrides,
-    random_state,
-    set_random_state,
     training_batches,
     uses_deepspeed,
 )
@@ -30,6 +28,7 @@ from lightning_moe.config import UpcycleConfig, check_config
 from lightning_moe.ffn_search import find_ffns
 from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.losses import BalanceLoss
+from lightning_moe.randomness import random_state, set_random_state
 from lightning_moe.receipt import Receipt
 from lightning_moe.routers import Router
 from lightning_moe.saving import moe_recipe, unfilled
