@@ -130,6 +130,7 @@ if TYPE_CHECKING:
         Freeze,
         MoEUpcycleCallback,
         RouterScheduleCallback,
+        ZeroShotEvalCallback,
     )
     from lightning_moe.data import TextDataModule
     from lightning_moe.module import MoEModule
@@ -144,6 +145,7 @@ _ON_FIRST_USE = {
     "Freeze": "lightning_moe.callbacks",
     "RouterScheduleCallback": "lightning_moe.callbacks",
     "MoEUpcycleCallback": "lightning_moe.callbacks",
+    "ZeroShotEvalCallback": "lightning_moe.callbacks",
     "MoEModule": "lightning_moe.module",
     "TextDataModule": "lightning_moe.data",
 }
@@ -274,6 +276,7 @@ __all__ = [
     "ZLoss",
     "ZeroOutputInit",
     "ZeroRouterInit",
+    "ZeroShotEvalCallback",
     "__version__",
     "analyze",
     "attach_native",

@@ -9,13 +9,12 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_moe.analysis import Analysis, analyze, write_report
 from lightning_moe.analysis.texts import Batch, read_texts
 from lightning_moe.analysis.verdict import summary
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
-from lightning_moe.corpus import find_files
+from lightning_moe.corpus import find_files, load_tokenizer
 from lightning_moe.module import load_model
 
 
@@ -72,7 +71,7 @@ def analyze_checkpoints(
     if not model:
         raise ValueError("model: wanted at least one directory, as --model my-moe.")
     last, names = _load(model[-1]).to(device), _names(model)
-    words = _tokenizer(model[-1] if tokenizer is None else tokenizer)
+    words = load_tokenizer(model[-1] if tokenizer is None else tokenizer)
     earlier: Iterator[tuple[str, nn.Module]] = (
         (name, _load(path).to(device)) for name, path in zip(names[:-1], model[:-1], strict=True)
     )
@@ -130,18 +129,6 @@ class _Parser(ArgumentParser):
 def _load(path: str) -> nn.Module:
     # the one place that knows which kinds of model there are
     return load_model(path, "AutoModelForCausalLM", "auto")
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    path = Path(name).expanduser()
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path if path.exists() else name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer: {name!r} holds none ({str(error).splitlines()[0]}). Give --tokenizer, such as the dense "
-            "model's directory."
-        ) from error
-    return found
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Files = str | Path | list[str | Path]
 
@@ -229,6 +229,23 @@ def _write_tokens(
     if not sum(map(len, lengths)):
         raise ValueError(f"{place}: holds no text; give files or a data set with at least one document.")
     np.save(folder / "lengths.npy", np.concatenate(lengths))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by its name on the Hub or its directory.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(name).expanduser()
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path if path.exists() else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: {name!r} holds none ({str(error).splitlines()[0]}). Give one that does, such as the dense "
+            "model's directory."
+        ) from error
+    return found
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase, separator: str | None) -> int:

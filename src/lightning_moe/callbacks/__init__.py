@@ -5,6 +5,7 @@ from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.schedule import Freeze, RouterScheduleCallback
 from lightning_moe.callbacks.upcycle import MoEUpcycleCallback
+from lightning_moe.callbacks.zero_shot import ZeroShotEvalCallback
 
 __all__ = [
     "BalanceLossCallback",
@@ -13,4 +14,5 @@ __all__ = [
     "Freeze",
     "MoEUpcycleCallback",
     "RouterScheduleCallback",
+    "ZeroShotEvalCallback",
 ]

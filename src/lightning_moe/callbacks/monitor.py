@@ -1,7 +1,8 @@
 """Shows in the Trainer's loggers how the experts are used."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Float
@@ -122,6 +123,18 @@ class ExpertUtilizationCallback(RoutingCallback):
         """Lets the clock run again."""
         if self._throughput is not None:
             self._throughput.resume()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Keeps the time of the ``with`` block out of the throughput."""
+        throughput = self._throughput
+        if throughput is not None:
+            throughput.pause()
+        try:
+            yield
+        finally:
+            if throughput is not None:
+                throughput.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last load once more, so that the final picture is never missing."""
