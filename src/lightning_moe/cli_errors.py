@@ -215,7 +215,12 @@ def _told_by(error: BaseException, config: Any) -> str | None:
     causes = [frame for cause in _causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
     place = next((place for frame in reversed(causes) if (place := _place_of(frame, config))), None)
     ours = place is not None or _package(error) == "lightning_moe"
-    kinds = (MisconfigurationException, FileNotFoundError, *((ValueError, TypeError, OSError) if ours else ()))
+    kinds = (
+        MisconfigurationException,
+        FileNotFoundError,
+        # of an optional package, whose extra it names
+        *((ValueError, TypeError, OSError, ModuleNotFoundError) if ours else ()),
+    )
     if not isinstance(error, kinds):
         return None
     # some say it themselves
