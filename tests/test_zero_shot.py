@@ -1,6 +1,7 @@
 """Zero-shot scores are what a written-out loop finds, and a model in training is left as it was found."""
 
 import copy
+import itertools
 import json
 import pickle
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -30,6 +32,7 @@ from lightning_fixtures import (
     word_tokenizer,
     write_corpus,
 )
+from lm_eval.api.instance import Instance
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -180,6 +183,47 @@ def test_texts_are_scored_up_to_the_longest_the_model_can_read(place, tasks, doc
             assert answer == pytest.approx(log_likelihood(model, end, choice)[0], rel=1e-5)
     with pytest.raises(ValueError, match=r"longer than max_length=2"):
         evaluate_model(LiveHFLM(model, word_tokenizer(), max_length=2), load_tasks(["recite"], place[0]))
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_whole_texts_and_generated_ones_are_those_of_a_written_out_loop(kind, documents):
+    model, tokenizer = MODELS[kind]().train(), word_tokenizer()
+    model.generation_config.eos_token_id = 0
+    lm = LiveHFLM(model, tokenizer, batch_size=4)
+    texts = [document["text"] for document in documents]
+    read = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
+    options = {"until": ["w1"], "max_gen_toks": 4, "do_sample": False}
+    said = lm.generate_until(instances("generate_until", [(text, dict(options)) for text in texts]))
+    assert model.training
+    assert model.model.layers[1].training
+    model.eval()
+    for text, value, more in zip(texts, read, said, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        # after the end of a text
+        log_probs = model(input_ids=torch.tensor([[0, *ids]])).logits[0].log_softmax(-1)
+        assert value == pytest.approx(sum(log_probs[i, token].item() for i, token in enumerate(ids)), rel=1e-5)
+        for _ in range(4):
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        # it ends before the end of a text, and before the word it is told to stop at
+        new = itertools.takewhile(lambda i: i not in (0, 1), ids[-4:])
+        # a word that begins like the other, as w12, ends it too
+        assert more.split() == words(*new).partition("w1")[0].split()
+
+
+def test_few_shot_examples_are_the_same_at_every_evaluation(place, tmp_path):
+    task = yaml.safe_load((place[0] / "guess.yaml").read_text())
+    task |= {"task": "shots", "num_fewshot": 2, "fewshot_split": "test"}
+    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(task))
+    lm, loaded = LiveHFLM(tiny_llama(), word_tokenizer()), load_tasks(["shots"], tmp_path)
+    first, again = (evaluate_model(lm, loaded, log_samples=True)["samples"]["shots"] for _ in range(2))
+    asked = [sample["arguments"] for sample in first]
+    assert len({arguments[0][0].split()[0] for arguments in asked}) > 3
+    assert [sample["arguments"] for sample in again] == asked
 
 
 def test_the_limit_takes_the_first_documents_and_the_table_shows_the_errors(tasks, documents):
