@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from lightning_fixtures import small_config, tiny_llama, word_tokenizer
+import yaml
+from lightning_fixtures import small_config, tiny_llama, word_tokenizer, write_corpus
 from zero_shot_fixtures import make_tasks
 
 import lightning_moe
@@ -81,3 +82,34 @@ def test_a_missing_extra_is_one_line(place, monkeypatch):
         run(place, "--model", "{}/dense", "--tasks", "guess")
     assert str(stopped.value.code).startswith("error: Zero-shot evaluation needs lm-eval")
     assert "pip install 'lightning-moe[eval]'" in stopped.value.code
+
+
+def test_the_callback_is_configured_in_yaml_by_its_short_name(place, tmp_path):
+    callback = {"tasks": ["guess"], "include_path": str(place), "every_n_steps": 2, "limit": 5}
+    config = {
+        "model": {"class_path": "MoEModule", "init_args": {"model": str(place / "dense")}},
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {
+                "tokenizer": str(place / "dense"),
+                "data_files": str(write_corpus(tmp_path / "corpus.txt")),
+                "block_size": 16,
+                "batch_size": 2,
+                "num_proc": 1,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "default_root_dir": str(tmp_path),
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "callbacks": [{"class_path": "ZeroShotEvalCallback", "init_args": callback}],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "run.yaml")])
+    written = next(tmp_path.rglob("zero_shot.json"))
+    assert [entry["step"] for entry in json.loads(written.read_text())] == [0, 2, 3]
