@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,23 @@ def test_training_is_the_same_bit_for_bit(tmp_path, callback):
             assert {k: counted[step][k] for k in timeless} == timeless
         entries = json.loads((tmp_path / f"with-{first}" / "version_0" / "zero_shot.json").read_text())
         assert [entry["step"] for entry in entries] == list(range(13))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_time_of_an_evaluation_is_not_that_of_the_training(first, tmp_path, callback, monkeypatch):
+    def sleep(*arguments, **options):
+        time.sleep(0.5)
+        return {"results": {}}
+
+    monkeypatch.setattr(evaluation, "evaluate_model", sleep)
+    callbacks = [MoEUpcycleCallback(small_config())]
+    callbacks.insert(0 if first else 1, callback(every_n_steps=1, at_start=False))
+    trainer = trainer_of(tmp_path, callbacks, log_every_n_steps=1)
+    trainer.fit(ForeignModule(), loader(batches(4)))
+    speeds = [values["moe/tokens_per_second"] for values in logged(trainer.logger.log_dir, "moe/").values()]
+    assert len(speeds) == 4
+    # 14 tokens a step; one step may be slow, for whatever reason
+    assert sorted(speeds)[1] > 14 / 0.5
 
 
 # --- the callback ---
