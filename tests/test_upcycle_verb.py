@@ -200,8 +200,10 @@ def test_a_dry_run_refuses_what_the_real_one_would(dense_path, capsys):
         (["--config.init", "KMeansRouterInit"], "'KMeansRouterInit' belongs under 'router_init'"),
         (["--num_experts", "4"], "Did you mean 'config.num_experts'?"),
         (["--config.calibration", "x"], "Did you mean 'calibration_files', outside 'config'?"),
-        (["--calibration_files", "/no/such.txt"], "'/no/such.txt' does not exist"),
+        (["--calibration_files", "/no/such.txt"], "calibration_files: no file is or matches '/no/such.txt'"),
         (["--config_file", "no_such.yaml"], "no_such.yaml"),
+        (["--auto_class", "AutoConfig"], "auto_class='AutoConfig': transformers has no such class of models"),
+        (["--config.init.method", "kmeans"], "config.init: Wanted a class, with its arguments under init_args, as {"),
     ],
 )
 def test_mistakes_are_told_in_words_and_nothing_is_written(dense_path, tmp_path, arguments, message, capsys):
@@ -210,13 +212,32 @@ def test_mistakes_are_told_in_words_and_nothing_is_written(dense_path, tmp_path,
     assert not (tmp_path / "moe").exists()
 
 
+def test_an_empty_directory_is_no_model(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    given = ["--model", tmp_path / "empty", "--output", tmp_path / "moe", "--config.num_experts", 4]
+    assert "holds no model: there is no config.json in it" in refused(capsys, *given)
+
+
+def test_calibration_files_are_globs_and_jsonl_too(dense_path, tmp_path):
+    """The same text gives the same model, whatever file it stands in."""
+    (tmp_path / "one.txt").write_text("the sea and the old man")
+    (tmp_path / "one.jsonl").write_text('{"text": "the sea and the old man"}\n')
+    models = []
+    for number, pattern in enumerate(("o*.txt", "one.jsonl")):
+        options = ["--config.num_experts", 4, "--config.seed", 1, "--config.init", "SplitInit"]
+        options += ["--config.init.method", "activation", "--calibration_files", tmp_path / pattern]
+        run("--model", dense_path, "--output", tmp_path / str(number), *options)
+        models.append(load_moe(tmp_path / str(number)).state_dict())
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
 @pytest.mark.parametrize("dry_run", ["false", "true"])
 @pytest.mark.parametrize(
     ("options", "texts", "message"),
     [
         (["--config.router_init", "CentroidRouterInit"], [], "config.router_init: CentroidRouterInit looks at hidden"),
         (["--config.init", "SplitInit", "--config.init.method", "gradient"], [], "text files, as --calibration_files"),
-        ([], [None], "is a directory. Give its text files"),
+        ([], [None], "is a folder; give its files"),
         ([], [""], "holds no text"),
         ([], [" \n"], "holds no text"),
         ([], [b"\xff\xfe\x00"], "is no UTF-8 text"),

@@ -120,6 +120,9 @@ def wants_traceback() -> bool:
 def _explain(parser: ArgumentParser, key: str, text: str, known: Sequence[type]) -> str:
     # of a union jsonargparse reports every alternative; what the user meant is the one that names a class_path, or else
     # the first that says more than what kind of thing was expected
+    if "Expected an instantiatable class" in text:
+        # arguments were given, and no class that takes them
+        return f"Wanted a class, with its arguments under init_args, as {_example(key.rpartition('.')[2], known)}."
     if problem := _PROBLEM.search(text):
         return problem[1]
     if unknown := _UNKNOWN_CLASS.search(text):
@@ -138,6 +141,12 @@ def _explain(parser: ArgumentParser, key: str, text: str, known: Sequence[type])
             parser, group = action.choices[group], ""
     group, _, name = f"{group}.{name}".lstrip(".").rpartition(".")
     return f"{text}\n{_key_meant(name, group, [action.dest for action in parser._actions], known)}"
+
+
+def _example(key: str, known: Sequence[type]) -> str:
+    kinds = tuple(kind for kind, places in _PLACES if key in places)
+    names = [cls.__name__ for cls in known if issubclass(cls, kinds)] if kinds else []
+    return f"{{class_path: {names[0] if names else 'DropInit'}, init_args: {{...}}}}"
 
 
 def _key_meant(name: str, group: str, options: Sequence[str], known: Sequence[type]) -> str:

@@ -18,6 +18,7 @@ from lightning_moe.analysis.texts import read_texts
 from lightning_moe.calibration import looks_at_states
 from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
 from lightning_moe.config import UpcycleConfig
+from lightning_moe.corpus import find_files
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.module import load_model
 from lightning_moe.receipt import Receipt
@@ -55,9 +56,9 @@ def upcycle_checkpoint(
         output: the directory to write, which must be empty or not exist.
         dtype: of the weights, "auto" as they were saved.
         auto_class: transformers' class that loads a model by name.
-        calibration_files: text files, or JSONL and Parquet with a column "text". The first 1024 tokens of each are a
-            calibration batch, for initialisers that look at hidden states (one for each domain); step 0 is measured on
-            the first 128 tokens of the first.
+        calibration_files: paths or globs of text files, or JSONL and Parquet with a column "text". The first 1024
+            tokens of each are a calibration batch, for initialisers that look at hidden states (one for each domain);
+            step 0 is measured on the first 128 tokens of the first.
         dry_run: whether only to tell what would become of the model: no weights are loaded, nothing is written.
 
     Returns:
@@ -69,8 +70,8 @@ def upcycle_checkpoint(
         ValueError: if the model is upcycled already, if a calibration file holds no text or all too little, if an
             initialiser looks at hidden states and there is no file, and for what `upcycle` refuses.
     """
-    files = [Path(file).expanduser() for file in calibration_files or ()]
-    _check_paths(model, output, files, dry_run)
+    _check_paths(model, output, dry_run)
+    files = find_files("calibration_files", list(calibration_files or ()) or None).get("calibration_files", [])
     _check_wanted(config, files)
     ids = _read(model, files) if files else []
     _check_enough(config, files, ids)
@@ -127,7 +128,7 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def _check_paths(model: str, output: str | None, files: Sequence[Path], dry_run: bool) -> None:
+def _check_paths(model: str, output: str | None, dry_run: bool) -> None:
     # before anything takes time
     if (Path(model).expanduser() / CONFIG_FILE).is_file():
         raise ValueError(f"model={model!r} is upcycled already: it holds {CONFIG_FILE}. Give the dense model.")
@@ -139,11 +140,6 @@ def _check_paths(model: str, output: str | None, files: Sequence[Path], dry_run:
             raise FileExistsError(
                 f"output={output!r} exists and is not an empty directory. Remove it, or give another name."
             )
-    for file in files:
-        if file.is_dir():
-            raise ValueError(f"calibration_files: {str(file)!r} is a directory. Give its text files, as {file}/*.txt.")
-        if not file.exists():
-            raise FileNotFoundError(f"calibration_files: {str(file)!r} does not exist. Give text files.")
 
 
 def _check_wanted(config: UpcycleConfig, files: Sequence[Path]) -> None:

@@ -165,7 +165,9 @@ def _read_files(place: str, files: list[Path], column: str, scratch: str) -> Ite
         try:
             table = datasets.load_dataset(builder, data_files=names, split="train", cache_dir=scratch, **options)
         except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:
-            raise ValueError(f"{place}: {names} cannot be read as {builder}: {error.__cause__ or error!r}.") from error
+            # of a binary file the cause quotes all bytes
+            cause = str(error.__cause__ or repr(error))[:200]
+            raise ValueError(f"{place}: {names} cannot be read as {builder}: {cause}.") from error
         yield _texts(place, table, "text" if builder == "text" else column)
 
 

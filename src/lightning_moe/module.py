@@ -177,8 +177,12 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
             f"model={name!r}: {path.resolve()} does not exist. Give a model directory or a Hub name."
         )
     loader = getattr(transformers, auto_class, None)
-    if loader is None:
-        raise ValueError(f"auto_class={auto_class!r}: transformers has no such class. Try 'AutoModelForCausalLM'.")
+    if loader is None or not hasattr(loader, "from_config"):
+        raise ValueError(
+            f"auto_class={auto_class!r}: transformers has no such class of models. Try 'AutoModelForCausalLM'."
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model={name!r} holds no model: there is no config.json in it.")
     source = str(path) if path.exists() else name
     try:
         model: nn.Module = _empty(loader, source, dtype) if empty else loader.from_pretrained(source, dtype=dtype)
