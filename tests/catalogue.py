@@ -85,6 +85,7 @@ ROUTER_ROWS = {
     "switch": RouterRow(TopKRouter, {"top_k": 1, "normalize": False, "jitter": 0.1}),
     "top_k_straight_through": RouterRow(TopKRouter, {"top_k": 2, "normalize": "straight_through"}),
     "switch_straight_through": RouterRow(TopKRouter, {"top_k": 1, "normalize": "straight_through"}),
+    "top_k_temperature": RouterRow(TopKRouter, {"top_k": 2, "temperature": 2.5, "init_std": 0.5}),
     "top_k_noise": RouterRow(TopKRouter, {"top_k": 2, "jitter": 0.1, "noise_std": 0.5}),
     "cosine": RouterRow(CosineRouter, {"top_k": 2, "projection_size": 4}),
     "perturbed_cosine": RouterRow(PerturbedCosineRouter, {"top_k": 2, "projection_size": 4, "offset": 0.2}),

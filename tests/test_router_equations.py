@@ -345,7 +345,7 @@ def top_k(router, p, x, known):
     if router.training and router.jitter:
         factors = drawn(len(x), D).uniform_(1 - router.jitter, 1 + router.jitter)
         x = [[v * u for v, u in zip(token, row, strict=True)] for token, row in zip(x, factors, strict=True)]
-    z = chooser = products(p["gate"], x)
+    z = chooser = [[v / router.temperature for v in row] for row in products(p["gate"], x)]
     if router.training and router.noise_std:
         noise = drawn(len(x), E).normal_()
         chooser = [

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fixtures import (
+    FFNS,
     ForeignModule,
     ManualModule,
     batches,
@@ -18,6 +19,7 @@ from lightning_fixtures import (
 from lightning_moe import (
     AdaptiveL1Loss,
     BalanceLossCallback,
+    CosineRouter,
     CosineSchedule,
     Freeze,
     LinearSchedule,
@@ -25,8 +27,12 @@ from lightning_moe import (
     MoEUpcycleCallback,
     RouterScheduleCallback,
     StepSchedule,
+    UpcycleConfig,
+    XMoERouter,
     ZLoss,
     moe_layers,
+    record_routing,
+    upcycle,
 )
 from lightning_moe.cli import MoECLI
 
@@ -51,6 +57,42 @@ class Notes(Callback):
 
 def routers_of(module):
     return [layer.router for layer in moe_layers(module).values()]
+
+
+def test_the_temperature_follows_the_optimizer_steps_and_is_what_the_scores_are_made_with(tmp_path):
+    data = batches(3)
+    callback = RouterScheduleCallback({"temperature": LinearSchedule(4.0, 1.0, 2)})
+    seen = []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.no_grad(), record_routing() as window:
+                pl_module.task_loss(batch)
+            for name, layer in moe_layers(pl_module).items():
+                scores = window[name].scores
+                seen.append((layer.router.temperature, scores))
+
+    trainer_of(tmp_path, [MoEUpcycleCallback(small_config()), callback, Looks()]).fit(
+        ForeignModule(lr=0.0), loader(data)
+    )
+    module = ForeignModule()
+    upcycle(module, small_config())
+    for step, temperature in enumerate((4.0, 2.5, 1.0)):
+        with torch.no_grad(), record_routing() as window:
+            module.task_loss(data[step])
+        for place, name in enumerate(FFNS):
+            found, scores = seen[2 * step + place]
+            assert found == temperature
+            if place == 0:  # what comes later sees other hidden states
+                torch.testing.assert_close(scores, (window[name].logits / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize("router", [CosineRouter, XMoERouter])
+def test_a_temperature_that_is_learnt_cannot_be_scheduled(router, tmp_path):
+    callback = RouterScheduleCallback({"temperature": LinearSchedule(1, 0, 2)})
+    config = UpcycleConfig(num_experts=4, router=router)
+    with pytest.raises(MisconfigurationException, match="has no number 'temperature' to schedule"):
+        trainer_of(tmp_path, [MoEUpcycleCallback(config), callback]).fit(ForeignModule(), loader(batches(1)))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -148,6 +190,8 @@ def test_coefficients_are_scheduled_and_weighed_by_layer(tmp_path):
     [
         (lambda: RouterScheduleCallback({"temperture": LinearSchedule(1, 0, 2)}), r"no number 'temperture' .* top_k"),
         (lambda: RouterScheduleCallback({"normalize": LinearSchedule(1, 0, 2)}), "no number 'normalize'"),
+        # only what a router begins with: to schedule it would do nothing
+        (lambda: RouterScheduleCallback({"init_std": LinearSchedule(1, 0, 2)}), "no number 'init_std' .* temperature"),
         (lambda: RouterScheduleCallback({"top_k": StepSchedule({0: 9})}), "gives 9 to .* wanted 1 to 5"),
         (
             lambda: BalanceLossCallback([ZLoss()], schedules={"zloss": StepSchedule({0: 1})}),

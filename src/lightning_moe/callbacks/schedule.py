@@ -54,7 +54,8 @@ class Freeze:
 class RouterScheduleCallback(Callback):
     """Sets numbers of every router by the optimizer step, and freezes parts of the model for a while.
 
-    A router's numbers are its arguments: ``noise_std`` or ``top_k`` of `TopKRouter`, ``bias_rate`` of `LossFreeRouter`.
+    A router's numbers are its arguments: ``temperature``, ``noise_std`` or ``top_k`` of `TopKRouter`, ``bias_rate`` of
+    `LossFreeRouter`; not what only says how it begins, as ``init_std``, or the temperature of a router that learns it.
     A frozen part loses its gradients before each optimizer step, so neither gradient nor momentum nor weight decay
     moves it and no clipping counts it; ``requires_grad`` stays, so that it works under DDP. Put this callback behind
     `MoEUpcycleCallback`.
@@ -112,9 +113,10 @@ class RouterScheduleCallback(Callback):
 
     def _check(self, name: str, layer: RoutedLayer, key: str) -> None:
         value = getattr(layer.router, key, None)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        idle = getattr(layer.router, "only_at_start", ())
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or key in idle:
             numbers = [k for k, v in vars(layer.router).items() if type(v) in (int, float) and not k.startswith("_")]
-            known = sorted(set(numbers) - _SIZES)
+            known = sorted(set(numbers) - _SIZES - set(idle))
             raise MisconfigurationException(
                 f"values: {name}.router, a {type(layer.router).__name__}, has no number {key!r} to schedule. It has: "
                 f"{', '.join(known) or 'none'}."

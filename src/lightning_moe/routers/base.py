@@ -45,6 +45,9 @@ class Router(nn.Module, ABC):
     uses_previous_logits: ClassVar[bool] = False
     """Builds on the logits of the MoE layer before."""
 
+    only_at_start: ClassVar[tuple[str, ...]] = ("init_std",)
+    """Arguments that only say what the router begins with: to change one later has no effect."""
+
     adapts_to_load: ClassVar[bool] = False
     """Is told the load of each optimizer step, see `adapt`."""
 

@@ -48,6 +48,9 @@ class CosineRouter(TokenChoiceRouter):
         True
     """
 
+    # tau is learnt
+    only_at_start = ("init_std", "temperature")
+
     def __init__(
         self,
         hidden_size: int,

@@ -48,6 +48,9 @@ class PerturbedCosineRouter(TokenChoiceRouter):
         torch.Size([12])
     """
 
+    # tau is learnt
+    only_at_start = ("init_std", "temperature")
+
     def __init__(
         self,
         hidden_size: int,

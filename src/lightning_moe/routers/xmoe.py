@@ -42,6 +42,9 @@ class XMoERouter(TokenChoiceRouter):
         torch.Size([2, 8])
     """
 
+    # tau is learnt
+    only_at_start = ("init_std", "temperature")
+
     def __init__(
         self,
         hidden_size: int,
