@@ -439,7 +439,7 @@ def test_saliency_leaves_padding_out_and_wants_a_loss():
     states = calibrate(dense, find_ffns(dense), [SplitInit("gradient")], [{"input_ids": ids, "attention_mask": mask}])
     assert [len(found.saliency) for found in states.values()] == [8, 8]
     model = wide_model()
-    with pytest.raises(ValueError, match="Sequential gives no loss on these batches"):
+    with pytest.raises(ValueError, match="Sequential gives no loss on batches that are no mappings"):
         upcycle(model, UpcycleConfig(num_experts=4, init=SplitInit("gradient")), batch=torch.randn(3, 32))
 
 
