@@ -1,9 +1,9 @@
 """Measures what `ExpertUtilizationCallback` costs, as a share of the CPU time of training with it.
 
 The demo's model and data: SmolLM2-135M with ten MoE layers of four experts, 4 x 256 tokens a step, TensorBoard, a log
-every ten steps, pictures as by default. Every call into the callback is timed (counting in the forward, looking at the
-routers, logging; drawing comes once in a hundred steps and falls outside), in CPU seconds of the process, all threads; the share is of the same run, so that a noisy
-machine slows both.
+every ten steps. Every call into the callback is timed (counting in the forward, looking at the routers, logging), in
+CPU seconds of the process, all threads; the share is of the same run, so that a noisy machine slows both. Pictures
+come once in a hundred steps and fall outside.
 """
 
 import argparse
