@@ -1,19 +1,16 @@
 """The verb ``lightning-moe analyze``: checkpoints and texts in, a page on how they route out."""
 
-import inspect
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ArgumentParser
 from torch import nn
 from tqdm import tqdm
 
 from lightning_moe.analysis import Analysis, analyze, write_report
 from lightning_moe.analysis.texts import Batch, read_texts
 from lightning_moe.analysis.verdict import summary
-from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
+from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.corpus import find_files, load_tokenizer
 from lightning_moe.module import load_model
 
@@ -95,35 +92,21 @@ def analyze_checkpoints(
     return found
 
 
+class _Parser(VerbParser):
+    verb = "analyze"
+
+
 def main(args: Sequence[str]) -> None:
     """Runs ``lightning-moe analyze`` and says where the page is."""
-    description = str(inspect.getdoc(analyze_checkpoints)).partition("\n\nArgs:")[0]
-    parser = _Parser(prog="lightning-moe analyze", description=description, allow_abbrev=False)
-    parser.add_argument("--config_file", action="config", help="YAML with all these options.")
-    parser.add_function_arguments(analyze_checkpoints, skip={"model", "data", "temperatures"})
+    parser = verb_parser(_Parser, analyze_checkpoints, {"model", "data", "temperatures"})
     several: dict[str, Any] = {"nargs": "+", "type": str, "action": "extend", "required": True}
     parser.add_argument("--model", help="Directories of checkpoints, oldest first.", **several)
     parser.add_argument("--data", help="Domains, as name=file.", **several)
     factors = "Factors of the router's logits to measure the loss at."
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.5, 2.0], help=factors)
-    given = parser.parse_args(list(args))
-    options = {name: value for name, value in vars(given).items() if name != "config_file"}
-    try:
-        found = analyze_checkpoints(**options)
-    except Exception as error:
-        exit_if_refused(error, given)
-        raise
+    found, options = run_verb(parser, args, analyze_checkpoints)
     print(summary(found))
-    print(f"Written to {given.output}: open {Path(given.output, 'report.html')}.")
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = config_error(self, message, ex, ())
-        if ex is not None and wants_traceback():
-            raise ex
-        sys.stderr.write(f"error: {found}\nFor all options: lightning-moe analyze --help\n")
-        sys.exit(2)
+    print(f"Written to {options.output}: open {Path(options.output, 'report.html')}.")
 
 
 def _load(path: str) -> nn.Module:

@@ -1,15 +1,11 @@
 """The verb ``lightning-moe evaluate``: a checkpoint and the names of lm-eval tasks in, a table of scores out."""
 
-import inspect
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
+from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.corpus import load_tokenizer
 from lightning_moe.module import load_model
 
@@ -69,31 +65,19 @@ def evaluate_checkpoint(
     return values
 
 
+class _Parser(VerbParser):
+    verb = "evaluate"
+
+
 def main(args: Sequence[str]) -> None:
     """Runs ``lightning-moe evaluate`` and prints the table."""
-    description = str(inspect.getdoc(evaluate_checkpoint)).partition("\n\nArgs:")[0]
-    parser = _Parser(prog="lightning-moe evaluate", description=description, allow_abbrev=False)
-    parser.add_argument("--config_file", action="config", help="YAML with all these options.")
-    parser.add_function_arguments(evaluate_checkpoint, skip={"tasks"})
+    parser = verb_parser(_Parser, evaluate_checkpoint, {"tasks"})
     several: dict[str, Any] = {"nargs": "+", "type": str, "action": "extend", "required": True}
     parser.add_argument("--tasks", help="Names of tasks, groups or tags.", **several)
-    given = parser.parse_args(list(args))
-    options = {name: value for name, value in vars(given).items() if name != "config_file"}
-    try:
-        found = evaluate_checkpoint(**options)
-        from lightning_moe.evaluation import score_table
-    except Exception as error:
-        exit_if_refused(error, given)
-        raise
+    found, options = run_verb(parser, args, evaluate_checkpoint)
+    # imported here, as what it needs is an extra
+    from lightning_moe.evaluation import score_table
+
     print(score_table(found))
-    if given.output is not None:
-        print(f"Written to {given.output}.")
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = config_error(self, message, ex, ())
-        if ex is not None and wants_traceback():
-            raise ex
-        sys.stderr.write(f"error: {found}\nFor all options: lightning-moe evaluate --help\n")
-        sys.exit(2)
+    if options.output is not None:
+        print(f"Written to {options.output}.")

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from lightning_moe.analysis.texts import read_texts
 from lightning_moe.calibration import looks_at_states
-from lightning_moe.cli_errors import config_error, exit_if_refused, wants_traceback
+from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.corpus import find_files
 from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
@@ -91,41 +90,23 @@ def upcycle_checkpoint(
     return receipt
 
 
+class _Parser(VerbParser):
+    verb = "upcycle"
+    known = _CLASSES
+
+
 def main(args: Sequence[str]) -> None:
     """Runs ``lightning-moe upcycle`` and prints the receipt."""
-    description = str(inspect.getdoc(upcycle_checkpoint)).partition("\n\nArgs:")[0]
-    parser = _Parser(prog="lightning-moe upcycle", description=description, allow_abbrev=False)
-    parser.add_argument("--config_file", action="config", help="YAML with all these options.")
-    parser.add_function_arguments(upcycle_checkpoint, skip={"calibration_files"})
+    parser = verb_parser(_Parser, upcycle_checkpoint, {"calibration_files"})
     parser.add_argument(
         "--calibration_files", nargs="+", type=str, help="Text, JSONL or Parquet files, one for each batch."
     )
-    given = parser.parse_args(list(args))
-    # TODO: drop instantiate_classes once jsonargparse>=4.53
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    try:
-        options = vars(instantiate(given))
-        del options["config_file"]
-        receipt = upcycle_checkpoint(**options)
-    except Exception as error:
-        exit_if_refused(error, given)
-        raise
+    receipt, options = run_verb(parser, args, upcycle_checkpoint)
     print(receipt)
-    if options["dry_run"]:
+    if options.dry_run:
         print("A dry run: no weights were loaded and nothing was written.")
     else:
-        print(f"Written to {options['output']}. Train it with `model: {options['output']}`, or load_moe(...) it.")
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = config_error(self, message, ex, _CLASSES)
-        if not self.exit_on_error:
-            raise found from ex
-        if ex is not None and wants_traceback():
-            raise ex
-        sys.stderr.write(f"error: {found}\nFor all options: lightning-moe upcycle --help\n")
-        sys.exit(2)
+        print(f"Written to {options.output}. Train it with `model: {options.output}`, or load_moe(...) it.")
 
 
 def _check_paths(model: str, output: str | None, dry_run: bool) -> None:
