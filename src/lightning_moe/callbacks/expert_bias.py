@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moe.callbacks.base import RoutingCallback, require_routed_layers
+from lightning_moe.checks import check_not_negative
 from lightning_moe.losses.base import sum_over_ranks
 from lightning_moe.native import NativeMoE, attach_native
 from lightning_moe.routing import MoEWarning, Routing, choice_load
@@ -46,8 +47,7 @@ class ExpertBiasCallback(RoutingCallback):
         self, *, bias_rate: int | float = 1e-3, schedule: AnySchedule | None = None, warn: bool = True
     ) -> None:
         super().__init__()
-        if bias_rate < 0:
-            raise ValueError(f"bias_rate={bias_rate}: wanted a number >= 0.")
+        check_not_negative(bias_rate=bias_rate)
         self.bias_rate = bias_rate
         self.schedule = schedule
         self.warn = warn
