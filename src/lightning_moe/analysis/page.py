@@ -65,6 +65,12 @@ class Section:
         """Adds HTML."""
         self.parts.extend(parts)
 
+    def leave_out(self, reason: str | None) -> bool:
+        """Says why something is left out, and whether it is: not without a reason."""
+        if reason is not None:
+            self.add(paragraph(f"Left out: {reason}"))
+        return reason is not None
+
     def figure(self, file: str, canvas: Canvas, description: str) -> str:
         """HTML of a picture, which is kept to be written as a file too.
 

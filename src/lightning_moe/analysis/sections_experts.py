@@ -18,8 +18,7 @@ def domains_section(analysis: Analysis) -> Section:
     """Which domains use which experts."""
     section, layers = Section("domains", "Specialisation by domain"), analysis.layers
     section.add(definitions(DOMAINS))
-    if reason := analysis.skipped.get("domains"):
-        section.add(paragraph(f"Left out: {reason}"))
+    if section.leave_out(analysis.skipped.get("domains")):
         return section
     names = short_names([layer.name for layer in layers])
     figures = []
@@ -49,8 +48,7 @@ def vocabulary_section(analysis: Analysis) -> Section:
     """Which tokens go to which experts."""
     section, layers = Section("vocabulary", "Specialisation by token"), analysis.layers
     section.add(definitions(VOCABULARY))
-    if reason := analysis.skipped.get("vocabulary"):
-        section.add(paragraph(f"Left out: {reason}"))
+    if section.leave_out(analysis.skipped.get("vocabulary")):
         return section
     section.add(_chance_chart(section, layers, "Vocabulary specialisation", "vocabulary_specialization", highest=1.0))
     rows = [[one.name, *_cells(one.vocabulary_specialization)] for one in layers]
@@ -69,8 +67,7 @@ def likeness_section(analysis: Analysis) -> Section:
     """How alike the experts are."""
     section, layers = Section("likeness", "How alike the experts are"), analysis.layers
     section.add(definitions(LIKENESS))
-    if reason := analysis.skipped.get("experts"):
-        section.add(paragraph(f"Left out: {reason}"))
+    if section.leave_out(analysis.skipped.get("experts")):
         return section
     lines = [
         Line("weight cosine", [one.weight_cosine for one in layers]),
@@ -98,8 +95,7 @@ def studies_section(analysis: Analysis) -> Section:
     """What the loss says."""
     section = Section("studies", "What routing is worth")
     section.add(definitions(STUDIES))
-    if reason := analysis.skipped.get("studies"):
-        section.add(paragraph(f"Left out: {reason}"))
+    if section.leave_out(analysis.skipped.get("studies")):
         return section
     base, *others = analysis.studies
     rises = {one.label: {name: loss - base.loss[name] for name, loss in one.loss.items()} for one in others}
@@ -112,8 +108,7 @@ def studies_section(analysis: Analysis) -> Section:
         chart = bar_chart(rises, title="Rise of the loss over that as trained, nats")
         section.add(section.figure("studies.png", chart, "Rise of the loss in each study and domain"))
     section.add(table(header, rows))
-    if reason := analysis.skipped.get("some studies"):
-        section.add(paragraph(f"Left out: {reason}"))
+    section.leave_out(analysis.skipped.get("some studies"))
     return section
 
 

@@ -110,8 +110,7 @@ def checkpoints_section(analysis: Analysis) -> Section:
     """How routing changed over training."""
     section = Section("checkpoints", "Change over the checkpoints")
     section.add(definitions(CHECKPOINTS))
-    if reason := analysis.skipped.get("checkpoints"):
-        section.add(paragraph(f"Left out: {reason}"))
+    if section.leave_out(analysis.skipped.get("checkpoints")):
         return section
     series = analysis.checkpoints
     lines = [
