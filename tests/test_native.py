@@ -38,7 +38,8 @@ from lightning_moe import (
     upcycle,
 )
 from lightning_moe.metrics import max_violation
-from lightning_moe.native import NATIVE_ROUTERS, attach_native, detach_native, routed_layers, sigmoid_scores
+from lightning_moe.native import NATIVE_ROUTERS, attach_native, detach_native, routed_layers
+from lightning_moe.native_routers import sigmoid_scores
 from lightning_moe.routing import expert_load
 
 VOCABULARY = 37

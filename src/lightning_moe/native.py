@@ -15,43 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.layer import MoELayer, RoutedLayer, plain_name
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from lightning_moe.native_routers import NATIVE_ROUTERS, Scores, softmax_scores
 from lightning_moe.routers.base import token_choice
 from lightning_moe.routing import Routing, is_observed
 from lightning_moe.tokens import TokenContext, Tokens, text_model_around
-
-Scores = Callable[[Tensor], Tensor]
-
-_SOFTMAX: tuple[str, ...] = (
-    "AriaTextTopKRouter", "DeepseekV2TopkRouter", "Ernie4_5_MoeTopKRouter", "FlexOlmoTopKRouter", "GptOssTopKRouter",
-    "GraniteMoeHybridTopKRouter", "GraniteMoeSharedTopKRouter", "GraniteMoeTopKRouter", "JambaTopKRouter",
-    "MiniMaxTopKRouter", "Mistral4TopkRouter", "MixtralTopKRouter", "OlmoeTopKRouter", "PhimoeTopKRouter",
-    "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "Qwen3OmniMoeThinkerTextTopKRouter",
-    "Qwen3VLMoeTextTopKRouter", "Qwen3_5MoeTopKRouter",
-)  # fmt: skip
-
-_SIGMOID: tuple[str, ...] = (
-    "DeepseekV32TopkRouter", "DeepseekV3TopkRouter", "Dots1TopkRouter", "ExaoneMoeTopkRouter", "Glm4MoeLiteTopkRouter",
-    "Glm4MoeTopkRouter", "Glm4vMoeTextTopkRouter", "GlmMoeDsaTopkRouter", "HYV3TopKRouter", "KimiLinearTopkRouter",
-    "MiMoV2FlashTopkRouter", "MiniMaxM2TopKRouter", "MiniMaxM3VLTopKRouter", "NemotronHTopkRouter",
-    "SolarOpenTopkRouter",
-)  # fmt: skip
-
-
-def softmax_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Softmax over all experts."""
-    return logits.softmax(-1)
-
-
-def sigmoid_scores(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Each expert's own sigmoid."""
-    return logits.sigmoid()
-
-
-NATIVE_ROUTERS: dict[str, Scores] = {
-    **dict.fromkeys(_SOFTMAX, softmax_scores),
-    **dict.fromkeys(_SIGMOID, sigmoid_scores),
-}
-"""Class name of a router that returns ``(logits, weights, expert_ids)`` to what its scores are; transformers 5.23."""
 
 # where a router keeps its `NativeMoE`
 _KEY = "_lightning_moe_native"
