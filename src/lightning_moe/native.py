@@ -18,7 +18,7 @@ from lightning_moe.losses import BalanceLoss, LoadBalancingLoss, ZLoss
 from lightning_moe.native_routers import NATIVE_ROUTERS, Scores, softmax_scores
 from lightning_moe.routers.base import token_choice
 from lightning_moe.routing import Routing, is_observed
-from lightning_moe.tokens import TokenContext, Tokens, text_model_around
+from lightning_moe.tokens import TokenContext, Tokens, paths_above, text_model_around
 
 # where a router keeps its `NativeMoE`
 _KEY = "_lightning_moe_native"
@@ -248,11 +248,8 @@ def attach_native(model: nn.Module) -> dict[str, NativeMoE]:
     modules = dict(model.named_modules())
     found: dict[str, NativeMoE] = {}
     members: dict[str, list[NativeMoE]] = {}
-    for path, router in modules.items():
-        scores = _scores_of(router)
-        block = _block_around(modules, path)
-        if scores is None or block is None:
-            continue
+    for path, block, scores in _blocks(modules):
+        router = modules[path]
         native = router.__dict__.get(_KEY)
         if native is None:
             native = NativeMoE(_name(block), modules[block], router, scores, _own_coefficient(modules, block))
@@ -278,9 +275,7 @@ def attached(model: nn.Module) -> Iterator[None]:
 
 def native_blocks(model: nn.Module) -> list[str]:
     """Names the MoE blocks that a model brings itself, attached or not."""
-    modules = dict(model.named_modules())
-    blocks = (_block_around(modules, path) for path, router in modules.items() if _scores_of(router) is not None)
-    return [_name(block) for block in blocks if block is not None]
+    return [_name(block) for _, block, _ in _blocks(dict(model.named_modules()))]
 
 
 def detach_native(model: nn.Module) -> None:
@@ -332,18 +327,21 @@ def own_losses(model: nn.Module) -> list[tuple[Any, bool]]:
     return list(owners.values())
 
 
+def _blocks(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Scores]]:
+    # of each known router its path, that of its block, and how it makes its scores
+    for path, router in modules.items():
+        scores, block = _scores_of(router), _block_around(modules, path)
+        if scores is not None and block is not None:
+            yield path, block, scores
+
+
 def _scores_of(router: nn.Module) -> Scores | None:
     # by name, so that nothing of transformers is imported; the classes above, for a user's own subclass
     return next((NATIVE_ROUTERS[cls.__name__] for cls in type(router).__mro__ if cls.__name__ in NATIVE_ROUTERS), None)
 
 
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-
-
 def _block_around(modules: Mapping[str, nn.Module], path: str) -> str | None:
-    holders = (up for up in _ancestors(path) if isinstance(getattr(modules[up], "experts", None), nn.Module))
+    holders = (up for up in paths_above(path) if isinstance(getattr(modules[up], "experts", None), nn.Module))
     return next(holders, None)
 
 
@@ -352,7 +350,7 @@ def _name(path: str) -> str:
 
 
 def _own_coefficient(modules: Mapping[str, nn.Module], block: str) -> int | float | None:
-    for path in _ancestors(block):
+    for path in paths_above(block):
         coefficient = getattr(getattr(modules[path], "config", None), _COEFFICIENT, None)
         if _number(coefficient) is not None:
             return _number(coefficient)

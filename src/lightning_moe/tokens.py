@@ -112,6 +112,17 @@ def takes_pixels(module: nn.Module) -> bool:
     return "pixel_values" in inspect.signature(module.forward).parameters
 
 
+def paths_above(name: str) -> list[str]:
+    """The paths of the modules that a module is part of, the innermost first.
+
+    Example:
+        >>> paths_above("model.layers.0")
+        ['model.layers', 'model', '']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+
+
 def text_model_around(modules: Mapping[str, nn.Module], name: str) -> str | None:
     """Finds the innermost text model that a module is part of, by its path; None in a vision tower, or alone.
 
@@ -121,8 +132,7 @@ def text_model_around(modules: Mapping[str, nn.Module], name: str) -> str | None
         modules: all modules of the model, by path.
         name: path of the module.
     """
-    parts = name.split(".")
-    ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
     # A vision tower ends the search; and so does a model of both, whose text has a model of its own inside.
-    home = next((path for path in ancestors if takes_tokens(modules[path]) or takes_pixels(modules[path])), None)
+    homes = (path for path in paths_above(name) if takes_tokens(modules[path]) or takes_pixels(modules[path]))
+    home = next(homes, None)
     return None if home is None or takes_pixels(modules[home]) else home

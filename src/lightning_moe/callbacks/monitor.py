@@ -90,10 +90,8 @@ class ExpertUtilizationCallback(RoutingCallback):
         log_layout(trainer, layout(self._statistics.loss_names, per_layer=self._logs_layers()))
         restored = self.__dict__.pop("_restored", None) or {}
         self._num_logs, self._last_step = restored.get("num_logs", 0), restored.get("last_step", -1)
-        self._last_drawn, self._last_load = (
-            restored.get("last_drawn", -1),
-            on(restored.get("last_load"), pl_module.device),
-        )
+        self._last_drawn = restored.get("last_drawn", -1)
+        self._last_load = on(restored.get("last_load"), pl_module.device)
         if restored and trainer.is_global_zero:
             self._statistics.load_state_dict(restored, pl_module.device)
             self._coactivation.load_state_dict(restored.get("coactivation", {}), pl_module.device)
