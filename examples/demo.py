@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import resource
 import time
 import warnings
@@ -19,9 +20,20 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_moe import MoEModule, MoEUpcycleCallback, TextDataModule, TopKRouter, UpcycleConfig, load_moe, save_moe
+from lightning_moe import (
+    MoEModule,
+    MoEUpcycleCallback,
+    TextDataModule,
+    TopKRouter,
+    UpcycleConfig,
+    ZeroShotEvalCallback,
+    load_moe,
+    save_moe,
+)
+from lightning_moe.local_tasks import prepare_tasks
 
 PROMPT = "A function is"
+TASKS = ["arc_easy", "piqa"]
 
 
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -53,11 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--val-batches", type=int, default=8, help="validation batches a domain (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=50, help="of each zero-shot task (default: %(default)s)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*isinstance.treespec.*")
     start = time.time()
     prepare_model(CACHE / "smollm2")
     prepare_corpus(CACHE / "prose", CACHE / "code.jsonl")
+    prepare_tasks(CACHE / "tasks")
     seed_everything(0)
 
     tokenizer = AutoTokenizer.from_pretrained(CACHE / "smollm2")
@@ -78,6 +92,13 @@ def main() -> None:
     upcycling = MoEUpcycleCallback(
         UpcycleConfig(num_experts=4, router=partial(TopKRouter, top_k=2), layers="2::3"),
     )
+    zero_shot = ZeroShotEvalCallback(
+        TASKS,
+        tokenizer=tokenizer,
+        include_path=CACHE / "tasks",
+        limit=args.documents,
+        every_n_epochs=None,
+    )
     logger = TensorBoardLogger(CACHE / "logs", name="demo")
     trainer = Trainer(
         accelerator="cpu",
@@ -88,7 +109,7 @@ def main() -> None:
         gradient_clip_val=1.0,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[upcycling],
+        callbacks=[upcycling, zero_shot],
         logger=logger,
     )
 
@@ -102,7 +123,8 @@ def main() -> None:
     print(f"\nTraining {args.steps} steps of {data.batch_size * data.block_size} tokens")
     train_start = time.time()
     trainer.fit(module, data)
-    seconds = time.time() - train_start
+    first, last = json.loads((Path(logger.log_dir) / "zero_shot.json").read_text())
+    seconds = time.time() - train_start - first["seconds"] - last["seconds"]
     print("\nValidating after the last step")
     after = trainer.validate(module, data, verbose=False)[0]
 
@@ -121,6 +143,14 @@ def main() -> None:
     for name in data.val_names:
         rows.append(
             (f"validation loss, {name}", f"{before[f'val_loss/{name}']:.3f}", f"{after[f'val_loss/{name}']:.3f}")
+        )
+    for task in TASKS:
+        old, new = (evaluation["scores"][task] for evaluation in (first, last))
+        rows.append(
+            (
+                f"{task}, {args.documents} documents",
+                *(f"{found['acc']:.2f} ± {found['acc_stderr']:.2f}" for found in (old, new)),
+            )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print("\n" + table(rows))
