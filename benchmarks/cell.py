@@ -329,11 +329,19 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
             record = run_cell(cell, folder, threads, every)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            record = failed(cell, f"{type(error).__name__}: {error}".splitlines()[0], threads)
+            record = failed(cell, _said(error, folder / "log.txt"), threads)
         write(record, file)
     (folder / "last.ckpt").unlink(missing_ok=True)
     # without the destructors of threads that a library left
     os._exit(0 if record["error"] is None else 1)
+
+
+def _said(error: BaseException, log: Path) -> str:
+    if isinstance(error, SystemExit):
+        # a configuration that is refused is told on the console
+        told = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        return told[-1].removeprefix("error: ") if told else "the configuration was refused"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def write(record: Record, file: Path) -> None:

@@ -57,5 +57,5 @@ def meta_model(config: dict[str, Any], dense: nn.Module | None = None) -> nn.Mod
 def _instance(settings: dict[str, Any]) -> MoEUpcycleCallback:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(MoEUpcycleCallback, "callback")
-    made: MoEUpcycleCallback = parser.instantiate_classes(parser.parse_object({"callback": settings})).callback
+    made: MoEUpcycleCallback = parser.instantiate(parser.parse_object({"callback": settings})).callback
     return made

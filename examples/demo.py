@@ -145,13 +145,9 @@ def main() -> None:
             (f"validation loss, {name}", f"{before[f'val_loss/{name}']:.3f}", f"{after[f'val_loss/{name}']:.3f}")
         )
     for task in TASKS:
-        old, new = (evaluation["scores"][task] for evaluation in (first, last))
-        rows.append(
-            (
-                f"{task}, {args.documents} documents",
-                *(f"{found['acc']:.2f} ± {found['acc_stderr']:.2f}" for found in (old, new)),
-            )
-        )
+        found = [evaluation["scores"][task] for evaluation in (first, last)]
+        dense, moe = (f"{score['acc']:.2f} ± {score['acc_stderr']:.2f}" for score in found)
+        rows.append((f"{task}, {args.documents} documents", dense, moe))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print("\n" + table(rows))
     print(
