@@ -79,11 +79,11 @@ def paired_difference(first: Numbers, second: Numbers, confidence: float = 0.95)
     if np.ptp(differences) == 0:
         # no spread: the t-test would divide by it
         return PairedDifference(mean, mean, mean, 2.0 ** (1 - count) if mean else 1.0, count)
-    student = _student(count - 1)
+    quantile, probability = _student()
     error = float(differences.std(ddof=1)) / math.sqrt(count)
-    reach = error * float(student.ppf((1 + confidence) / 2))
+    reach = error * float(quantile(count - 1, (1 + confidence) / 2))
     moved = differences[differences != 0]
-    p_value = _sign_flip(moved) if len(moved) <= _MAX_EXACT else float(2 * student.sf(abs(mean) / error))
+    p_value = _sign_flip(moved) if len(moved) <= _MAX_EXACT else float(2 * probability(count - 1, -abs(mean) / error))
     return PairedDifference(mean, mean - reach, mean + reach, p_value, count)
 
 
@@ -182,14 +182,15 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence={confidence}: wanted a number between 0 and 1, such as 0.95.")
 
 
-def _student(degrees: int) -> Any:
+def _student() -> tuple[Callable[[int, float], Any], Callable[[int, float], Any]]:
+    # both by the degrees of freedom
     try:
-        from scipy import stats
+        from scipy.special import stdtr, stdtrit
     except ImportError as error:
         raise ModuleNotFoundError(
             "Comparisons need scipy, for Student's distribution. Install it: pip install 'lightning-moe[eval]'"
         ) from error
-    return stats.t(degrees)
+    return stdtrit, stdtr
 
 
 def _all_signs(count: int) -> Float[np.ndarray, "ways n"]:
