@@ -1,4 +1,4 @@
-"""Three small tasks for lm-eval, of random words."""
+"""Small tasks for lm-eval, of random words."""
 
 import json
 import random
@@ -16,7 +16,11 @@ def words(*ids):
 
 
 def make_tasks(folder):
-    """A multiple choice with answers of one to three words, one of single words, and a text whose end is to be said."""
+    """Tasks of each kind, all of the same documents.
+
+    A multiple choice with answers of one to three words, one of single words, and a text whose end is to be said; for
+    comparisons texts to be read, a score that is no mean of numbers, and a group of two.
+    """
     generator = random.Random(7)
     documents = []
     for _ in range(DOCUMENTS):
@@ -45,11 +49,18 @@ def make_tasks(folder):
     right["metric_list"] = [{"metric": "acc"}, {"metric": "acc_norm"}]
     said = {"output_type": "loglikelihood", "doc_to_target": " {{end}}"}
     said["metric_list"] = [{"metric": "perplexity"}, {"metric": "acc"}]
+    read = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    read["metric_list"] = [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
+    judged = {**right, "metric_list": [{"metric": "brier_score"}]}
     tasks = {
         "choose": {**right, "doc_to_choice": "choices"},
         "guess": {**right, "doc_to_choice": "single"},
         "recite": said,
+        "read": read,
+        "judge": {**judged, "doc_to_choice": "single"},
     }
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **task}))
+    both = {"group": "both", "task": ["choose", "guess"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(both))
     return documents

@@ -125,20 +125,18 @@ def paired_statistic(
     _check_rows(first, second)
     _check_confidence(confidence)
     count, generator = len(first), np.random.default_rng(seed)
+    # the partner of an item is as far behind it as there are pairs
+    items, own = [*first, *second], np.arange(count)
 
-    def compare(one: Sequence[Any], other: Sequence[Any]) -> float:
-        return float(statistic(list(other))) - float(statistic(list(one)))
+    def values(rows: np.ndarray) -> np.ndarray:
+        return np.array([float(statistic([items[i] for i in row])) for row in rows.tolist()])
 
-    difference = compare(first, second)
     drawn = generator.integers(count, size=(num_samples, count))
-    resampled = np.array([compare([first[i] for i in row], [second[i] for i in row]) for row in drawn])
+    resampled = values(drawn + count) - values(drawn)
     all_ways = 2**count <= num_samples
     ways = _all_signs(count) if all_ways else generator.choice([-1.0, 1.0], size=(num_samples, count))
-    pairs = list(zip(first, second, strict=True))
-    swapped = np.array(
-        [compare(*zip(*((b, a) if s < 0 else (a, b) for (a, b), s in zip(pairs, row, strict=True)), strict=True))
-         for row in ways]
-    )  # fmt: skip
+    swapped = values(own + count * (ways > 0)) - values(own + count * (ways < 0))
+    difference = float(statistic(list(second))) - float(statistic(list(first)))
     if not (math.isfinite(difference) and np.isfinite(resampled).all() and np.isfinite(swapped).all()):
         return PairedDifference(difference, -math.inf, math.inf, 1.0, count)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from lightning_moe.checks import check_whole
@@ -20,7 +21,17 @@ from lightning_moe.checks import check_whole
 from lightning_moe.live_model import LiveHFLM, find_language_model
 from lightning_moe.randomness import kept_random_state
 
-__all__ = ["LiveHFLM", "Scores", "evaluate_model", "find_language_model", "load_tasks", "score_table", "scores"]
+__all__ = [
+    "LiveHFLM",
+    "Scores",
+    "as_json",
+    "evaluate_model",
+    "find_language_model",
+    "load_tasks",
+    "metric_name",
+    "score_table",
+    "scores",
+]
 
 Scores = dict[str, dict[str, float]]
 
@@ -127,13 +138,22 @@ def scores(results: Mapping[str, Any]) -> Scores:
     found: Scores = {}
     for task, values in results["results"].items():
         for key, value in values.items():
-            metric, _, kind = key.partition(",")
             # other entries are the task's name and its number of documents; an error that is unknown is "N/A"
-            if kind and isinstance(value, (int, float)):
-                error = "_stderr" if metric.endswith("_stderr") else ""
-                name = metric if kind == "none" else f"{metric.removesuffix('_stderr')}_{kind}{error}"
-                found.setdefault(task, {})[name] = float(value)
+            if "," in key and isinstance(value, (int, float)):
+                found.setdefault(task, {})[metric_name(key)] = float(value)
     return found
+
+
+def metric_name(key: str) -> str:
+    """What `scores` calls a metric, by lm-eval's key: the metric, a comma, and its filter.
+
+    Example:
+        >>> metric_name("acc,none"), metric_name("exact_match_stderr,strict")
+        ('acc', 'exact_match_strict_stderr')
+    """
+    metric, _, kind = key.partition(",")
+    error = "_stderr" if metric.endswith("_stderr") else ""
+    return metric if kind == "none" else f"{metric.removesuffix('_stderr')}_{kind}{error}"
 
 
 def score_table(found: Scores) -> str:
@@ -156,6 +176,26 @@ def score_table(found: Scores) -> str:
         f"{task:<{wide[0]}}  {metric:<{wide[1]}}  {value:>{wide[2]}}  {error:>{wide[3]}}".rstrip()
         for task, metric, value, error in rows
     )
+
+
+def as_json(value: Any) -> Any:
+    """What JSON can hold of a value: nothing that is not finite, which is None, and of objects their text.
+
+    Example:
+        >>> as_json({"acc": float("nan"), "pair": (1, "one")})
+        {'acc': None, 'pair': [1, 'one']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:

@@ -169,20 +169,15 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
         FileNotFoundError: if it is a path that does not exist.
         ValueError: if it cannot be loaded by name.
     """
+    check_model_path(name)
     path = Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
         return load_moe(path)
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(
-            f"model={name!r}: {path.resolve()} does not exist. Give a model directory or a Hub name."
-        )
     loader = getattr(transformers, auto_class, None)
     if loader is None or not hasattr(loader, "from_config"):
         raise ValueError(
             f"auto_class={auto_class!r}: transformers has no such class of models. Try 'AutoModelForCausalLM'."
         )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"model={name!r} holds no model: there is no config.json in it.")
     source = str(path) if path.exists() else name
     try:
         model: nn.Module = _empty(loader, source, dtype) if empty else loader.from_pretrained(source, dtype=dtype)
@@ -193,6 +188,26 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
             "connection and HF_HUB_OFFLINE, or give the path of a model directory."
         ) from error
     return model
+
+
+def check_model_path(name: str, argument: str = "model") -> None:
+    """Raises if this is a path that `load_model` finds no model at; a name on the Hub is not looked up.
+
+    Args:
+        name: name on the Hub, or path.
+        argument: what the user gave it as.
+
+    Raises:
+        FileNotFoundError: if it is a path that does not exist.
+        ValueError: if it is a directory that holds no model.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"{argument}={name!r}: {path.resolve()} does not exist. Give a model directory or a Hub name."
+        )
+    if path.is_dir() and not any((path / file).is_file() for file in (CONFIG_FILE, "config.json")):
+        raise ValueError(f"{argument}={name!r} holds no model: there is no config.json in it.")
 
 
 def _empty(loader: Any, source: str, dtype: str) -> nn.Module:

@@ -1,7 +1,6 @@
 """Evaluates the model on tasks of lm-eval while it trains."""
 
 import json
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -219,14 +218,14 @@ class ZeroShotEvalCallback(Callback):
             return scores(evaluate_model(self._lm, self._loaded, self.limit))
 
     def _report(self, trainer: Trainer, seconds: float) -> None:
-        from lightning_moe.evaluation import score_table
+        from lightning_moe.evaluation import as_json, score_table
 
         # every rank asks, one answers
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         rank_zero_info(f"Zero-shot at step {trainer.global_step} ({seconds:.0f} s):\n{score_table(self.scores)}")
         if trainer.is_global_zero:
             entry = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": round(seconds, 3)}
-            _append(folder / FILE, entry | {"scores": self.scores})
+            _append(folder / FILE, as_json(entry | {"scores": self.scores}))
 
 
 def _flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -246,15 +245,8 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # whole or not at all, if the run ends just now
     new = path.with_suffix(".new")
-    new.write_text(json.dumps([*entries, _finite(entry)], indent=2) + "\n")
+    new.write_text(json.dumps([*entries, entry], indent=2) + "\n")
     new.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    # JSON has no nan
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tokenizer(
