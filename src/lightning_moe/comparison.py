@@ -5,12 +5,12 @@ no trace in their differences. Needs scipy, which the extra ``eval`` brings.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 __all__ = ["PairedDifference", "holm", "paired_difference", "paired_statistic"]
 
@@ -127,21 +127,17 @@ def paired_statistic(
     count, generator = len(first), np.random.default_rng(seed)
     # the partner of an item is as far behind it as there are pairs
     items, own = [*first, *second], np.arange(count)
-
-    def values(rows: np.ndarray) -> np.ndarray:
-        return np.array([float(statistic([items[i] for i in row])) for row in rows.tolist()])
-
-    drawn = generator.integers(count, size=(num_samples, count))
-    resampled = values(drawn + count) - values(drawn)
+    drawn = (generator.integers(count, size=count) for _ in range(num_samples))
+    resampled = _differences(statistic, items, ((row, row + count) for row in drawn))
     all_ways = 2**count <= num_samples
-    ways = _all_signs(count) if all_ways else generator.choice([-1.0, 1.0], size=(num_samples, count))
-    swapped = values(own + count * (ways > 0)) - values(own + count * (ways < 0))
+    swaps = _all_ways(count) if all_ways else (generator.integers(2, size=count) for _ in range(num_samples))
+    swapped = _differences(statistic, items, ((own + count * swap, own + count * (1 - swap)) for swap in swaps))
     difference = float(statistic(list(second))) - float(statistic(list(first)))
     if not (math.isfinite(difference) and np.isfinite(resampled).all() and np.isfinite(swapped).all()):
         return PairedDifference(difference, -math.inf, math.inf, 1.0, count)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     as_large = int((np.abs(swapped) >= abs(difference) * (1 - 1e-9)).sum())
-    p_value = as_large / len(ways) if all_ways else (as_large + 1) / (len(ways) + 1)
+    p_value = as_large / len(swapped) if all_ways else (as_large + 1) / (len(swapped) + 1)
     return PairedDifference(difference, float(low), float(high), p_value, count)
 
 
@@ -191,13 +187,21 @@ def _student() -> tuple[Callable[[int, float], Any], Callable[[int, float], Any]
     return stdtrit, stdtr
 
 
-def _all_signs(count: int) -> Float[np.ndarray, "ways n"]:
-    bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
-    return 1.0 - 2.0 * bits
+def _all_ways(count: int) -> Int[np.ndarray, "ways n"]:
+    # to swap pairs or not, with 1 and 0
+    return np.arange(2**count)[:, None] >> np.arange(count) & 1
 
 
 def _sign_flip(differences: Float[np.ndarray, " n"]) -> float:
-    sums = np.abs(_all_signs(len(differences)) @ differences)
+    sums = np.abs((1 - 2 * _all_ways(len(differences))) @ differences)
     # what is equal but for rounding is as large
     least = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
     return float((sums >= least).mean())
+
+
+def _differences(
+    statistic: Callable[[list[Any]], float], items: list[Any], rows: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> Float[np.ndarray, " rows"]:
+    # row by row: with thousands of documents, all of them at once would take gigabytes
+    values = [[float(statistic([items[i] for i in row.tolist()])) for row in pair] for pair in rows]
+    return np.array([other - one for one, other in values])

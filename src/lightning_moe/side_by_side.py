@@ -14,7 +14,7 @@ from lightning_moe.evaluation import Scores, metric_name
 
 __all__ = ["Comparison", "compare_results", "comparison_table", "document_values"]
 
-_CONFIDENCE = 0.95
+_LEVEL = 0.05
 # Of a bootstrap, and of random swaps, which give no p value below 1 / (samples + 1): what is corrected for many
 # comparisons must be able to fall below 0.05. The aggregation of a task may take a second, as BLEU does.
 _MANY_SAMPLES, _FEW_SAMPLES = 10_000, 1000
@@ -43,7 +43,7 @@ class Comparison:
         most 0.05.
         """
         none = 1.0 if self.is_ratio else 0.0
-        if self.corrected_p > 1 - _CONFIDENCE or self.paired.low <= none <= self.paired.high:
+        if self.corrected_p > _LEVEL or self.paired.low <= none <= self.paired.high:
             return "not resolved"
         is_higher = self.paired.difference > none
         if self.higher_is_better is None:
