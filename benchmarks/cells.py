@@ -193,7 +193,9 @@ def mean_score(tasks: Sequence[str], moment: str = "end", chances: Mapping[str, 
 
     def measure(record: Record) -> float | None:
         found = [task_score(task, moment)(record) for task in tasks]
-        known = [value - (chances or {}).get(t, 0.0) for t, value in zip(tasks, found, strict=True) if value is not None]
+        known = [
+            value - (chances or {}).get(t, 0.0) for t, value in zip(tasks, found, strict=True) if value is not None
+        ]
         return float(np.mean(known)) if known and len(known) == len(found) else None
 
     return measure
@@ -201,7 +203,9 @@ def mean_score(tasks: Sequence[str], moment: str = "end", chances: Mapping[str, 
 
 def tasks_of(results: Results, model: str) -> list[str]:
     """The tasks that any run of a model was evaluated on."""
-    found = (task for key, record in results.cells.items() if key[0] == model for task in record.get("main_metric") or {})
+    found = (
+        task for key, record in results.cells.items() if key[0] == model for task in record.get("main_metric") or {}
+    )
     return sorted(dict.fromkeys(found))
 
 

@@ -1,4 +1,4 @@
-"""Which differences between the algorithms of a suite are resolved: paired tests, corrected for their number, and ranks.
+"""Which differences between the algorithms of a suite are resolved: paired tests, corrected, and ranks.
 
 Losses are paired by model and seed, and tested with the t-test on the differences: few pairs are too few for a test
 that assumes nothing (`least_sign_flip`). Zero-shot scores are paired by document, after the mean over seeds and models.
@@ -143,10 +143,10 @@ def ranks(values: Mapping[str, float]) -> dict[str, float]:
 
 def mean_ranks(results: Results, models: Sequence[str]) -> dict[str, float]:
     """Mean over models of the rank by the mean final loss; of algorithms that have one in each of the models."""
-    rows = [
-        ranks({name: results.summary(model, name, final_loss).mean for name in results.ranked}) for model in models
-    ]
-    return {name: float(np.mean([row[name] for row in rows])) for name in results.ranked if all(name in r for r in rows)}
+    rows = [ranks({name: results.summary(model, name, final_loss).mean for name in results.ranked}) for model in models]
+    return {
+        name: float(np.mean([row[name] for row in rows])) for name in results.ranked if all(name in r for r in rows)
+    }
 
 
 def rank_ranges(results: Results, models: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,166 @@
+"""The plots of a suite: losses, differences to the baselines, zero-shot scores, and the load of the experts."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from cells import Record, Results, final_loss, load_by_rank, tasks_of
+from contrasts import Contrast, loss_contrasts, score_contrasts
+from panels import CurvePanel, Dot, DotPanel, Key, curve_panels, dot_plot
+from typeset import signed
+
+from lightning_moe.canvas import FAINT, INK, RULE, SERIES, Canvas, Point
+from lightning_moe.heatmap import RELATIVE, heatmap
+
+_PLAIN, _REFERENCE = SERIES[0], SERIES[1]
+_BETTER, _WORSE = SERIES[0], SERIES[4]
+_TESTED = [
+    Key("better than the baseline, resolved", "dot", _BETTER),
+    Key("worse, resolved", "dot", _WORSE),
+    Key("not resolved", "ring", FAINT),
+    Key("95 % interval, of the row alone", "line", FAINT),
+]
+
+
+def pictures(results: Results) -> dict[str, Canvas]:
+    """All plots by the names of their files."""
+    found = {"final_loss.png": final_losses(results)}
+    if results.references:
+        found["differences.png"] = loss_differences(results)
+    if results.references and any(tasks_of(results, model) for model in results.models):
+        found["scores.png"] = score_differences(results)
+    for model in results.models:
+        found[f"losses_{model}.png"] = loss_curves(results, model)
+        if (load := load_map(results, model)) is not None:
+            found[f"load_{model}.png"] = load
+    return found
+
+
+def final_losses(results: Results) -> Canvas:
+    """A panel for each model: mean, standard deviation and single seeds of each algorithm, the lowest first."""
+    panels = []
+    for model in results.models:
+        found = {name: results.values(model, name, final_loss) for name in results.ranked}
+        means = {name: float(np.mean(list(values.values()))) for name, values in found.items() if values}
+        dots = []
+        for name in sorted(means, key=means.__getitem__):
+            values = list(found[name].values())
+            reach = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+            colour = _REFERENCE if name == results.suite.settings.get("reference") else _PLAIN
+            ends = (means[name] - reach, means[name] + reach)
+            dots.append(Dot(results.title(name), means[name], *ends, f"{means[name]:.4f}", colour, points=values))
+        rules = [results.summary(model, name, final_loss).mean for name in results.baselines.values()]
+        seeds = len(results.suite.seeds(model))
+        title = f"{results.model_title(model)} ({seeds} seed{'' if seeds == 1 else 's'})"
+        panels.append(DotPanel(title, dots, rules))
+    keys = [Key("mean and standard deviation over seeds; small: single seeds", "dot", _PLAIN)]
+    if (reference := results.suite.settings.get("reference")) is not None:
+        keys.append(Key(f"{results.title(reference)}, the reference", "dot", _REFERENCE))
+    for number, name in enumerate(results.baselines.values()):
+        keys.append(Key(results.title(name), "dashes" if number else "line", INK))
+    title = "Final validation loss: left is better"
+    return dot_plot(panels, title=title, axis="nats per token", keys=keys, columns=2, shared=False)
+
+
+def loss_differences(results: Results) -> Canvas:
+    """A panel for each reference: differences over all models."""
+    panels = []
+    for reference in results.references:
+        found = loss_contrasts(results, reference, results.models)
+        dots = _tested_dots(results, found, 1.0, 4, lower_is_better=True)
+        panels.append(DotPanel(f"against {results.title(reference)}", dots, [0.0]))
+    title = f"Final validation loss, {_over(results)}: left is better"
+    return dot_plot(panels, title=title, axis="nats per token", keys=_TESTED, columns=2, shared=False)
+
+
+def score_differences(results: Results) -> Canvas:
+    """A panel for each model, and one over all: differences of the zero-shot score to the first reference."""
+    reference = results.references[0]
+    groups = {results.model_title(model): [model] for model in results.models}
+    if len(groups) > 1:
+        groups = {_over(results): results.models, **groups}
+    panels = []
+    for title, models in groups.items():
+        found = score_contrasts(results, reference, models)
+        panels.append(DotPanel(title, _tested_dots(results, found, 100.0, 1, lower_is_better=False), [0.0]))
+    title = f"Zero-shot score against {results.title(reference)}: right is better"
+    return dot_plot(panels, title=title, axis="percentage points", keys=_TESTED, columns=2, shared=True)
+
+
+def loss_curves(results: Results, model: str) -> Canvas:
+    """A panel for each algorithm: its mean validation loss over the tokens trained on, before all others."""
+    curves = {name: _curve(results, model, name) for name in results.algorithms}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    baselines = {name: curves[name] for name in results.baselines.values() if name in curves}
+    shown = {name: curve for name, curve in curves.items() if name not in baselines} or curves
+    panels = [CurvePanel(results.title(name), f"{curve[-1][1]:.4f}", curve) for name, curve in shown.items()]
+    keys = [
+        Key("this algorithm, mean over seeds; its end is written above", "line", _PLAIN),
+        Key("the other algorithms", "line", RULE),
+        *([Key(" and ".join(map(results.title, baselines)), "dashes", INK)] if baselines else []),
+    ]
+    return curve_panels(
+        panels,
+        list(shown.values()),
+        list(baselines.values()),
+        title=f"{results.model_title(model)}: validation loss",
+        axes=("k tokens", "nats per token"),
+        keys=keys,
+        colour=_PLAIN,
+    )
+
+
+def load_map(results: Results, model: str) -> Canvas | None:
+    """How the tokens are shared out: a row for each algorithm, its experts sorted by their load."""
+    rows = {}
+    for name in results.algorithms:
+        loads = [load for record in results.runs(model, name).values() if (load := load_by_rank(record)) is not None]
+        if loads:
+            rows[results.title(name)] = [float(value) for value in np.mean(loads, axis=0)]
+    if not rows:
+        return None
+    return heatmap(
+        list(rows.values()),
+        list(rows),
+        title=f"{results.model_title(model)}: load of the experts at the end, over the fair share",
+        row_title="algorithm",
+        column_title="experts of a layer, the busiest first; mean over layers and seeds",
+        scale=RELATIVE,
+    )
+
+
+def _tested_dots(
+    results: Results, found: Mapping[str, Contrast], factor: float, digits: int, *, lower_is_better: bool
+) -> list[Dot]:
+    order = sorted(found, key=lambda name: found[name].found.difference * (1 if lower_is_better else -1))
+    dots = []
+    for name in order:
+        each = found[name].found
+        is_better = (each.difference < 0) == lower_is_better
+        colour = FAINT if not found[name].is_resolved else _BETTER if is_better else _WORSE
+        ends = [factor * end if math.isfinite(end) else math.nan for end in (each.low, each.high)]
+        text = signed(factor * each.difference, digits)
+        value = factor * each.difference
+        dots.append(Dot(results.title(name), value, ends[0], ends[1], text, colour, found[name].is_resolved))
+    return dots
+
+
+def _curve(results: Results, model: str, algorithm: str) -> list[Point]:
+    records = list(results.runs(model, algorithm).values())
+    rows = [_validation(record) for record in records]
+    steps = sorted(set.intersection(*map(set, rows))) if rows else []
+    return [(step * _tokens_per_step(records[0]) / 1e3, float(np.mean([row[step] for row in rows]))) for step in steps]
+
+
+def _validation(record: Record) -> dict[int, float]:
+    return {row["step"]: row["mean"] for row in record["losses"]["validation"] if row.get("mean") is not None}
+
+
+def _tokens_per_step(record: Record) -> float:
+    tokens: float = record["tokens"] / max(record["steps"], 1)
+    return tokens
+
+
+def _over(results: Results) -> str:
+    count = len(results.models)
+    return f"mean over {count} model{'' if count == 1 else 's'}"
