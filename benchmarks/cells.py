@@ -244,12 +244,14 @@ def load_by_rank(record: Record) -> list[float] | None:
 
 def origins(results: Results) -> dict[str, Counter[str]]:
     """How many cells come from each commit, hardware, number of threads and set of versions."""
-    found: dict[str, Counter[str]] = {name: Counter() for name in ("commit", "hardware", "threads", "versions")}
+    found: dict[str, Counter[str]] = {
+        name: Counter() for name in ("commit", "hardware", "number of threads", "versions")
+    }
     for record in results.cells.values():
         changed = " with uncommitted changes" if record.get("src_differs_from_commit") else ""
         found["commit"][str(record.get("commit", "unknown"))[:8] + changed] += 1
         found["hardware"][str(record.get("hardware", "unknown"))] += 1
-        found["threads"][str(record.get("threads", "unknown"))] += 1
+        found["number of threads"][str(record.get("threads", "unknown"))] += 1
         versions = record.get("versions") or {}
         found["versions"][", ".join(f"{name} {value}" for name, value in versions.items()) or "unknown"] += 1
     return found

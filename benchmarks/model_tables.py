@@ -14,6 +14,7 @@ from cells import (
     number,
     routing,
     start_loss,
+    summarize,
     task_score,
     tasks_of,
 )
@@ -188,8 +189,8 @@ def _before_training(
 ) -> list[str]:
     # every run of a baseline begins with the pretrained model
     runs = [record for name in results.baselines.values() for record in results.runs(model, name).values()]
-    found = [next((value for record in runs if (value := measure(record)) is not None), None) for measure in measures]
-    return [NOTHING if value is None else f"{factor * value:.{digits}f}" for value in found]
+    found = [[value for record in runs if (value := measure(record)) is not None] for measure in measures]
+    return [_spread(summarize(values), digits, factor, with_deviation=False) for values in found]
 
 
 def _best_in_task(results: Results, model: str, task: str) -> str | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from typeset import MINUS
 
 from lightning_moe.canvas import FAINT, INK, RULE, Canvas, Number, Point, text_width, ticks
 
@@ -14,6 +13,9 @@ _ROW, _PLOT_WIDTH, _GAP, _MARGIN = 22, 300, 28, 12
 _CURVES_WIDTH, _CURVES_HEIGHT = 210, 130
 # quartile ranges beyond the quartiles, from where on a value would flatten all others
 _FAR = 4.0
+# of curves, the part that sets the height of a panel, and how much more of it is for what came before
+_LATE, _EARLIER = 0.5, 0.5
+_OTHERS = "#c3c9d0"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def curve_panels(
     Args:
         panels: from left to right, and then below.
         others: curves that are grey in each panel.
-        baselines: curves that are dashed in each panel.
+        baselines: curves in black in each panel; the first is drawn whole, the others dashed.
         title: of the whole.
         axes: what lies along the panel, and what goes up.
         keys: what the marks mean.
@@ -144,9 +146,10 @@ def curve_panels(
     """
     columns = min(columns, len(panels))
     curves = [*others, *baselines, *(panel.curve for panel in panels)]
-    # the start may be far above all that follows
-    low, high = limits([y for curve in curves for _, y in curve[1:]] or [y for curve in curves for _, y in curve])
     right = max(x for curve in curves for x, _ in curve) or 1.0
+    # what is worth seeing comes after the common fall at the start
+    low, high = limits([y for curve in curves for x, y in curve if x >= _LATE * curve[-1][0]])
+    high += _EARLIER * (high - low)
     marks = ticks(low, high, 4)
     left = max(text_width(f"{mark:g}") for mark in marks) + _MARGIN + 8
     width, height = _CURVES_WIDTH + 22, _CURVES_HEIGHT + 58
@@ -164,10 +167,12 @@ def curve_panels(
         canvas.text(frame.left + _CURVES_WIDTH, frame.top - 11, panel.text, anchor="rm", size=12, colour=FAINT)
         _draw_axes(canvas, frame, marks, axes[0], with_numbers=number % columns == 0)
         for curve in others:
-            frame.draw(canvas, curve, RULE, 1)
-        for curve in baselines:
-            frame.draw(canvas, curve, INK, 1.5, dashed=True)
+            frame.draw(canvas, curve, _OTHERS, 1)
+        for place, curve in enumerate(baselines):
+            frame.draw(canvas, curve, INK, 1.5, dashed=place > 0)
         frame.draw(canvas, panel.curve, colour, 2.5)
+        if low <= panel.curve[-1][1] <= high:
+            canvas.dot(*frame.place(*panel.curve[-1]), colour=colour, radius=4)
     return canvas
 
 
@@ -248,9 +253,9 @@ def _draw_dots(
         return left + (min(max(value, low), high) - low) / (high - low) * _PLOT_WIDTH
 
     canvas.text(start, top + 10, panel.title, size=14)
-    for mark in ticks(low, high, 4):
+    for mark in ticks(low, high, 5):
         canvas.line([(place(mark), rows_top), (place(mark), bottom)], width=0.5)
-        canvas.text(place(mark), bottom + 12, f"{mark:g}".replace("-", MINUS), anchor="mm", size=12)
+        canvas.text(place(mark), bottom + 12, f"{mark:g}", anchor="mm", size=12)
     canvas.text(left + _PLOT_WIDTH / 2, bottom + 30, axis, anchor="mm", size=12, colour=FAINT)
     for number, rule in enumerate(panel.rules):
         canvas.line([(place(rule), rows_top), (place(rule), bottom)], colour=INK, width=1.5, dashed=number > 0)
@@ -260,7 +265,7 @@ def _draw_dots(
         canvas.text(left + _PLOT_WIDTH + 10, y, dot.text, size=12, colour=FAINT)
         if not math.isnan(dot.low):
             canvas.line([(place(dot.low), y), (place(dot.high), y)], colour=dot.colour, width=2)
-        for point in dot.points:
+        for point in (point for point in dot.points if low <= point <= high):
             canvas.dot(place(point), y, colour=dot.colour, radius=2)
         _draw_mark(canvas, place(dot.value), y, dot.value, span, dot)
 

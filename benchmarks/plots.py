@@ -1,21 +1,20 @@
 """The plots of a suite: losses, differences to the baselines, zero-shot scores, and the load of the experts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from cells import Record, Results, final_loss, load_by_rank, tasks_of
 from contrasts import Contrast, loss_contrasts, score_contrasts
 from panels import CurvePanel, Dot, DotPanel, Key, curve_panels, dot_plot
-from typeset import signed
 
-from lightning_moe.canvas import FAINT, INK, RULE, SERIES, Canvas, Point
+from lightning_moe.canvas import FAINT, INK, SERIES, Canvas, Point
 from lightning_moe.heatmap import RELATIVE, heatmap
 
 _PLAIN, _REFERENCE = SERIES[0], SERIES[1]
 _BETTER, _WORSE = SERIES[0], SERIES[4]
 _TESTED = [
-    Key("better than the baseline, resolved", "dot", _BETTER),
+    Key("better, resolved", "dot", _BETTER),
     Key("worse, resolved", "dot", _WORSE),
     Key("not resolved", "ring", FAINT),
     Key("95 % interval, of the row alone", "line", FAINT),
@@ -56,8 +55,7 @@ def final_losses(results: Results) -> Canvas:
     keys = [Key("mean and standard deviation over seeds; small: single seeds", "dot", _PLAIN)]
     if (reference := results.suite.settings.get("reference")) is not None:
         keys.append(Key(f"{results.title(reference)}, the reference", "dot", _REFERENCE))
-    for number, name in enumerate(results.baselines.values()):
-        keys.append(Key(results.title(name), "dashes" if number else "line", INK))
+    keys += _baseline_keys(results, results.baselines.values())
     title = "Final validation loss: left is better"
     return dot_plot(panels, title=title, axis="nats per token", keys=keys, columns=2, shared=False)
 
@@ -96,8 +94,8 @@ def loss_curves(results: Results, model: str) -> Canvas:
     panels = [CurvePanel(results.title(name), f"{curve[-1][1]:.4f}", curve) for name, curve in shown.items()]
     keys = [
         Key("this algorithm, mean over seeds; its end is written above", "line", _PLAIN),
-        Key("the other algorithms", "line", RULE),
-        *([Key(" and ".join(map(results.title, baselines)), "dashes", INK)] if baselines else []),
+        Key("the other algorithms", "line", "#c3c9d0"),
+        *_baseline_keys(results, baselines),
     ]
     return curve_panels(
         panels,
@@ -122,9 +120,9 @@ def load_map(results: Results, model: str) -> Canvas | None:
     return heatmap(
         list(rows.values()),
         list(rows),
-        title=f"{results.model_title(model)}: load of the experts at the end, over the fair share",
+        title=f"{results.model_title(model)}: load over the fair share, mean over layers and seeds",
         row_title="algorithm",
-        column_title="experts of a layer, the busiest first; mean over layers and seeds",
+        column_title="experts, busiest first",
         scale=RELATIVE,
     )
 
@@ -139,10 +137,14 @@ def _tested_dots(
         is_better = (each.difference < 0) == lower_is_better
         colour = FAINT if not found[name].is_resolved else _BETTER if is_better else _WORSE
         ends = [factor * end if math.isfinite(end) else math.nan for end in (each.low, each.high)]
-        text = signed(factor * each.difference, digits)
+        text = f"{factor * each.difference:+.{digits}f}"
         value = factor * each.difference
         dots.append(Dot(results.title(name), value, ends[0], ends[1], text, colour, found[name].is_resolved))
     return dots
+
+
+def _baseline_keys(results: Results, names: Iterable[str]) -> list[Key]:
+    return [Key(results.title(name), "dashes" if number else "line", INK) for number, name in enumerate(names)]
 
 
 def _curve(results: Results, model: str, algorithm: str) -> list[Point]:
@@ -163,4 +165,4 @@ def _tokens_per_step(record: Record) -> float:
 
 def _over(results: Results) -> str:
     count = len(results.models)
-    return f"mean over {count} model{'' if count == 1 else 's'}"
+    return "one model" if count == 1 else f"all {count} models"

@@ -21,12 +21,13 @@ def ranking(results: Results) -> Table:
         mean = f"{means[name]:.2f}" if name in means else NOTHING
         each = [f"{single[model][name]:g}" if name in single[model] else NOTHING for model in models]
         title = results.title(name)
-        rows.append([Bold(title) if high == 1 else title, mean, f"{low} to {high}" if low < high else f"{low}", *each])
+        rows.append([Bold(title) if high == 1 else title, f"{low} to {high}" if low < high else f"{low}", mean, *each])
     columns = {
         "algorithm": "the best mean rank first; bold if it is resolved to be the best.",
-        "mean rank": "mean over the models of the rank by mean loss, 1 for the lowest; equal losses share a rank.",
-        "rank, resolved": "ranks that the tests of all pairs of algorithms, corrected together, leave open; a wide "
+        "resolved rank": "ranks that the tests of all pairs of algorithms, corrected together, leave open; a wide "
         "range says that the rank is not resolved.",
+        "mean rank": "mean over the models of the rank by mean loss, 1 for the lowest; equal losses share a rank. "
+        "Behind it the rank on each model.",
         **{results.model_title(model): "" for model in models},
     }
     return Table("ranks", "Ranks by the final validation loss. The dense baselines are not ranked.", columns, rows)
@@ -34,7 +35,6 @@ def ranking(results: Results) -> Table:
 
 def pooled_losses(results: Results, reference: str) -> Table:
     """The loss of each algorithm against that of one of them, over all models."""
-    title = results.title(reference)
     found = loss_contrasts(results, reference, results.models)
     rows = []
     for name, contrast in found.items():
@@ -45,18 +45,22 @@ def pooled_losses(results: Results, reference: str) -> Table:
     columns = {
         "algorithm": "",
         "pairs": "pairs of a model and a seed with which both finished.",
-        "lower in": f"models in which the mean loss is below that of {title}, whether or not that is resolved.",
+        "lower in": "models in which the mean loss is below that of the other, resolved or not.",
         "difference": "mean over the pairs, in nats per token; less than 0 is better.",
         "95 % interval": "of the difference in this row alone, not corrected for the number of rows.",
         "p": _P,
         "verdict": "what a p below 0.05 says of the loss.",
     }
-    return Table(f"loss-against-{reference}", f"Final validation loss against {title}, all models.", columns, rows)
+    return Table(
+        f"loss-against-{reference}",
+        f"Final validation loss against {results.title(reference)}, all models.",
+        columns,
+        rows,
+    )
 
 
 def pooled_scores(results: Results, reference: str) -> Table:
     """The zero-shot score of each algorithm against that of one of them, over all models."""
-    title = results.title(reference)
     found = score_contrasts(results, reference, results.models)
     rows = [
         [results.title(name), str(contrast.found.count), *_tested(contrast, 100.0, 1)]
@@ -70,7 +74,9 @@ def pooled_scores(results: Results, reference: str) -> Table:
         "p": _P,
         "verdict": "what a p below 0.05 says of the score.",
     }
-    return Table(f"score-against-{reference}", f"Zero-shot score against {title}, all models.", columns, rows)
+    return Table(
+        f"score-against-{reference}", f"Zero-shot score against {results.title(reference)}, all models.", columns, rows
+    )
 
 
 def _tested(contrast: Contrast, factor: float, digits: int) -> list[str]:

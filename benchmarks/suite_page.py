@@ -10,7 +10,7 @@ from cells import Results, origins, read_results
 from contrasts import ALPHA, friedman, least_sign_flip, loss_pairs
 from plots import pictures
 from suites import load_suite
-from typeset import Block, Heading, Items, Picture, latex, markdown, p_text
+from typeset import Block, Heading, Items, Picture, latex, markdown, p_text, without_repeats
 
 _LONGEST_ERROR = 300
 
@@ -33,7 +33,7 @@ def write_page(suite: str, folder: Path | None = None) -> list[Path]:
     if not results.cells:
         raise ValueError(f"{target}: no run of the suite has finished; python benchmarks/run.py --suite {suite}")
     drawn = pictures(results)
-    blocks, title = page(results), f"Suite {results.suite.name}"
+    blocks, title = without_repeats(page(results)), f"Suite {results.suite.name}"
     files = {"tables.md": markdown(title, blocks).encode(), "tables.tex": latex(title, blocks).encode()}
     files |= {name: canvas.png() for name, canvas in drawn.items()}
     for name, content in files.items():
@@ -64,7 +64,7 @@ def _coverage(results: Results) -> Iterator[Block]:
     state = (
         "The suite is complete." if finished == planned else "The suite is incomplete; all below is of what finished."
     )
-    yield f"{finished} of {planned} runs finished, {failed} failed, {missing} are missing. {state}"
+    yield f"{finished} of {planned} runs finished; failed: {failed}; missing: {missing}. {state}"
     if results.failed:
         yield "Failed runs, with their errors:"
         yield Items(
@@ -76,6 +76,7 @@ def _coverage(results: Results) -> Iterator[Block]:
     if results.missing():
         yield "Missing runs:"
         yield Items([f"{results.model_title(model)}: {', '.join(names)}" for model, names in results.missing().items()])
+    yield "Where they ran:"
     yield Items(list(_origins(results)))
     algorithms = results.suite.algorithms
     yield "The algorithms:"
@@ -87,11 +88,11 @@ def _coverage(results: Results) -> Iterator[Block]:
 def _origins(results: Results) -> Iterator[str]:
     for kind, counts in origins(results).items():
         if len(counts) == 1:
-            yield f"All runs have the same {kind}: {next(iter(counts))}."
+            yield f"The same {kind} for all: {next(iter(counts))}."
         else:
             each = "; ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
-            yield f"The runs differ in {kind}: {each}."
-            if kind in ("hardware", "threads"):
+            yield f"Different {kind}: {each}."
+            if kind in ("hardware", "number of threads"):
                 yield "Speed and memory compare only between runs on the same hardware with as many threads."
 
 
@@ -115,6 +116,7 @@ def _method(results: Results) -> Iterator[str]:
         "wrong is McNemar's exact test; with more it is the t-test. These tests speak of other documents and the "
         "models as they were trained; what other seeds would change is told by the standard deviation of the score."
     )
+    yield "A column is explained below the first table that has it."
     yield (
         f"“Not resolved” (n.r.) says that the corrected p is {ALPHA} or more: these runs do not tell the sign of the "
         "difference, and do not say that there is none. An interval is of its row alone; it may leave out 0 where the "

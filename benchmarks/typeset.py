@@ -1,7 +1,7 @@
 """Writes the same page as Markdown and as LaTeX: headings, paragraphs, lists, tables and pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 # a true minus, and a dash in cells without a value
 MINUS, NOTHING = "\u2212", "\u2013"
@@ -117,6 +117,20 @@ def latex(title: str, blocks: Sequence[Block]) -> str:
         elif isinstance(block, str):
             parts.append(escape_tex(block))
     return "\n\n".join(parts) + "\n"
+
+
+def without_repeats(blocks: Iterable[Block]) -> list[Block]:
+    """The same, with each column explained below the first table that has it."""
+    explained: set[tuple[str, str]] = set()
+    found: list[Block] = []
+    for block in blocks:
+        if isinstance(block, Table):
+            columns = {k: "" if (k, about) in explained else about for k, about in block.columns.items()}
+            explained.update(block.columns.items())
+            found.append(replace(block, columns=columns))
+        else:
+            found.append(block)
+    return found
 
 
 def escape_markdown(text: str) -> str:
