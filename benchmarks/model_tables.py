@@ -56,7 +56,7 @@ def losses(results: Results, model: str) -> Table:
         "rank": "by the mean; 1 is the lowest, the dense baselines are not ranked.",
         **{f"against {results.title(name)}": "" for name in against},
     }
-    return Table(f"loss-{model}", f"{results.model_title(model)}: validation loss. {_BRIEF}", columns, rows)
+    return Table(f"loss-{model}", f"{results.model_title(model)}: validation loss.", columns, rows, _BRIEF)
 
 
 def scores(results: Results, model: str) -> Table:
@@ -84,7 +84,7 @@ def scores(results: Results, model: str) -> Table:
         "above chance": f"the same less what guessing gets, over {_tasks(len(guessed))} for which that is known.",
         **{f"against {results.title(name)}": "" for name in against},
     }
-    return Table(f"score-{model}", f"{results.model_title(model)}: zero-shot score. {_BRIEF}", columns, rows)
+    return Table(f"score-{model}", f"{results.model_title(model)}: zero-shot score.", columns, rows, _BRIEF)
 
 
 def tasks(results: Results, model: str) -> Table:
@@ -98,12 +98,12 @@ def tasks(results: Results, model: str) -> Table:
         rows.append([results.title(algorithm), *chosen])
     documents, metrics = _task_facts(results, model)
     columns = {"algorithm": "the first row is what guessing gets.", **dict.fromkeys(names, "")}
-    told = ", ".join(f"{task} {metrics[task]}, {documents.get(task, 'unknown')}" for task in names)
-    caption = (
-        f"{results.model_title(model)}: each task in percent, mean ± standard deviation over seeds. Bold is the best "
-        f"where it is resolved to be better than every other. Metric and number of documents: {told}."
+    told = ", ".join(f"{task} {metrics[task]} ({documents.get(task, 'unknown')})" for task in names)
+    note = (
+        "In percent, mean ± standard deviation over seeds. Bold is the best where it is resolved to be better than "
+        f"every other. Metric and number of documents: {told}."
     )
-    return Table(f"tasks-{model}", caption, columns, rows)
+    return Table(f"tasks-{model}", f"{results.model_title(model)}: each task.", columns, rows, note)
 
 
 def experts(results: Results, model: str) -> Table:

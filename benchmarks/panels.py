@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_moe.canvas import FAINT, INK, RULE, Canvas, Number, Point, text_width, ticks
+from lightning_moe.canvas import FAINT, INK, Canvas, Number, Point, text_width, ticks
 
 _ROW, _PLOT_WIDTH, _GAP, _MARGIN = 22, 300, 28, 12
 _CURVES_WIDTH, _CURVES_HEIGHT = 210, 130
@@ -15,7 +15,7 @@ _CURVES_WIDTH, _CURVES_HEIGHT = 210, 130
 _FAR = 4.0
 # of curves, the part that sets the height of a panel, and how much more of it is for what came before
 _LATE, _EARLIER = 0.5, 0.5
-_OTHERS = "#c3c9d0"
+OTHERS = "#c3c9d0"
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,14 @@ def curve_panels(
         canvas.text(frame.left + _CURVES_WIDTH, frame.top - 11, panel.text, anchor="rm", size=12, colour=FAINT)
         _draw_axes(canvas, frame, marks, axes[0], with_numbers=number % columns == 0)
         for curve in others:
-            frame.draw(canvas, curve, _OTHERS, 1)
+            frame.draw(canvas, curve, OTHERS, 1)
         for place, curve in enumerate(baselines):
             frame.draw(canvas, curve, INK, 1.5, dashed=place > 0)
         frame.draw(canvas, panel.curve, colour, 2.5)
-        if low <= panel.curve[-1][1] <= high:
+        end = panel.curve[-1][1]
+        if min(y for _, y in panel.curve) > high:
+            canvas.text(frame.left + _CURVES_WIDTH / 2, frame.top + 10, "above this panel", anchor="mm", size=12)
+        elif low <= end <= high:
             canvas.dot(*frame.place(*panel.curve[-1]), colour=colour, radius=4)
     return canvas
 

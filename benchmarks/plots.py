@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from cells import Record, Results, final_loss, load_by_rank, tasks_of
 from contrasts import Contrast, loss_contrasts, score_contrasts
-from panels import CurvePanel, Dot, DotPanel, Key, curve_panels, dot_plot
+from panels import OTHERS, CurvePanel, Dot, DotPanel, Key, curve_panels, dot_plot
+from typeset import MINUS, signed
 
 from lightning_moe.canvas import FAINT, INK, SERIES, Canvas, Point
 from lightning_moe.heatmap import RELATIVE, heatmap
@@ -94,7 +95,7 @@ def loss_curves(results: Results, model: str) -> Canvas:
     panels = [CurvePanel(results.title(name), f"{curve[-1][1]:.4f}", curve) for name, curve in shown.items()]
     keys = [
         Key("this algorithm, mean over seeds; its end is written above", "line", _PLAIN),
-        Key("the other algorithms", "line", "#c3c9d0"),
+        Key("the other algorithms", "line", OTHERS),
         *_baseline_keys(results, baselines),
     ]
     return curve_panels(
@@ -137,7 +138,8 @@ def _tested_dots(
         is_better = (each.difference < 0) == lower_is_better
         colour = FAINT if not found[name].is_resolved else _BETTER if is_better else _WORSE
         ends = [factor * end if math.isfinite(end) else math.nan for end in (each.low, each.high)]
-        text = f"{factor * each.difference:+.{digits}f}"
+        # the font of the pictures has no true minus
+        text = signed(factor * each.difference, digits).replace(MINUS, "-")
         value = factor * each.difference
         dots.append(Dot(results.title(name), value, ends[0], ends[1], text, colour, found[name].is_resolved))
     return dots

@@ -48,15 +48,20 @@ class Table:
         caption: what it shows.
         columns: title of each, and one sentence on it; none where the title says all.
         rows: text of the cells.
+        note: what else to say above it.
     """
 
     label: str
     caption: str
     columns: Mapping[str, str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 Block = str | Heading | Items | Picture | Table
+
+# letters of a small font in a line of LaTeX's article, and between columns
+_PAGE, _GAP = 104, 3
 
 # what LaTeX reads as a command, and what its usual fonts and encodings lack
 _TEX = {
@@ -77,6 +82,8 @@ _TEX = {
     NOTHING: "--",
     "—": "---",
     "…": r"\dots{}",
+    "“": "``",
+    "”": "''",
 }
 _LETTERS = {chr(code) for code in range(0xC0, 0x100)} - set("ÐÞðþ")
 
@@ -113,7 +120,7 @@ def latex(title: str, blocks: Sequence[Block]) -> str:
             lines = [f"  \\item {escape_tex(text)}" for text in block.texts]
             parts.append("\n".join([r"\begin{itemize}", *lines, r"\end{itemize}"]))
         elif isinstance(block, Table):
-            parts.append(_latex_table(block))
+            parts += map(_latex_table, _narrow(block))
         elif isinstance(block, str):
             parts.append(escape_tex(block))
     return "\n\n".join(parts) + "\n"
@@ -184,18 +191,42 @@ def _markdown_table(table: Table) -> list[str]:
     rows = [list(table.columns), ["---", *["---:"] * (len(table.columns) - 1)]]
     lines = ["| " + " | ".join(map(escape_markdown, rows[0])) + " |", "|" + "|".join(rows[1]) + "|"]
     lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in table.rows]
-    found = [escape_markdown(table.caption), "\n".join(lines)]
+    found = [escape_markdown(f"{table.caption} {table.note}"), "\n".join(lines)]
     explained = _explained(table, escape_markdown)
     return [*found, explained] if explained else found
 
 
+def _narrow(table: Table) -> list[Table]:
+    # parts that fit a page of LaTeX, each with the first column
+    wide = [max(map(len, column)) + _GAP for column in zip(table.columns, *table.rows, strict=True)]
+    parts: list[list[int]] = [[]]
+    for place in range(1, len(wide)):
+        if parts[-1] and wide[0] + sum(wide[each] for each in parts[-1]) + wide[place] > _PAGE:
+            parts.append([])
+        parts[-1].append(place)
+    if len(parts) == 1:
+        return [table]
+    titles, found = list(table.columns), []
+    for number, part in enumerate(parts):
+        kept = [0, *part]
+        columns = {titles[each]: table.columns[titles[each]] if each or not number else "" for each in kept}
+        caption = table.caption if not number else f"{table.caption.removesuffix('.')}, continued."
+        rows = [[row[each] for each in kept] for row in table.rows]
+        found.append(
+            Table(
+                table.label + (f"-{number + 1}" if number else ""), caption, columns, rows, "" if number else table.note
+            )
+        )
+    return found
+
+
 def _latex_table(table: Table) -> str:
     rows = [" & ".join(map(escape_tex, row)) + r" \\" for row in [list(table.columns), *table.rows]]
-    # no wider than the page
+    # never wider than the page, whatever the class and the font
     fit = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
     lines = [
         r"\begin{table}[htbp]",
-        rf"\caption{{{escape_tex(table.caption)}}}",
+        rf"\caption{{{escape_tex(table.caption + ' ' + table.note)}}}",
         rf"\label{{tab:{table.label}}}",
         r"\centering\footnotesize",
         fit,
