@@ -96,17 +96,11 @@ class Results:
         """A measure over the seeds."""
         return summarize(list(self.values(model, algorithm, measure).values()))
 
-    def missing(self) -> dict[str, list[str]]:
-        """Runs that neither finished nor failed: of each model, each algorithm and how many of its seeds."""
-        done = {*self.cells, *self.failed}
-        found: dict[str, list[str]] = {}
-        for model in self.suite.models:
-            seeds = self.suite.seeds(model)
-            for algorithm in self.algorithms:
-                open_seeds = sum((model, algorithm, seed) not in done for seed in seeds)
-                if open_seeds:
-                    found.setdefault(model, []).append(f"{self.title(algorithm)} ({open_seeds} of {len(seeds)} seeds)")
-        return found
+    def missing(self, model: str) -> dict[str, int]:
+        """How many seeds of each algorithm neither finished nor failed; only of those that miss some."""
+        done, seeds = {*self.cells, *self.failed}, self.suite.seeds(model)
+        counts = {name: sum((model, name, seed) not in done for seed in seeds) for name in self.algorithms}
+        return {name: count for name, count in counts.items() if count}
 
 
 def read_results(suite: Suite) -> Results:

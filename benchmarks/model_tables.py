@@ -92,7 +92,7 @@ def tasks(results: Results, model: str) -> Table:
     names, chances = tasks_of(results, model), chances_of(results, model)
     best = {task: _best_in_task(results, model, task) for task in names}
     rows = [["chance", *(f"{100 * chances[task]:.1f}" if task in chances else NOTHING for task in names)]]
-    for algorithm in results.algorithms:
+    for algorithm in _that_ran(results, model):
         cells = [_spread(results.summary(model, algorithm, task_score(task)), 1, 100.0) for task in names]
         chosen = [Bold(cell) if best[task] == algorithm else cell for task, cell in zip(names, cells, strict=True)]
         rows.append([results.title(algorithm), *chosen])
@@ -109,7 +109,7 @@ def tasks(results: Results, model: str) -> Table:
 def experts(results: Results, model: str) -> Table:
     """How the experts are used, and how alike they are."""
     rows = []
-    for name in results.algorithms:
+    for name in _that_ran(results, model):
         start, end = (results.summary(model, name, number(f"expert_similarity{when}")) for when in ("_start", ""))
         if not any(record.get("expert_load") for record in results.runs(model, name).values()):
             continue
@@ -140,7 +140,7 @@ def cost(results: Results, model: str) -> Table:
         (number("peak_memory_bytes"), 1e-6, 0),
     ]
     rows = []
-    for name in results.algorithms:
+    for name in _that_ran(results, model):
         found = [
             _spread(results.summary(model, name, measure), digits, factor, with_deviation=False)
             for measure, factor, digits in measures
@@ -178,6 +178,10 @@ def _spread(summary: Summary, digits: int, factor: float = 1.0, *, with_deviatio
 
 def _mean_losses(results: Results, model: str) -> dict[str, float]:
     return {name: results.summary(model, name, final_loss).mean for name in results.ranked}
+
+
+def _that_ran(results: Results, model: str) -> list[str]:
+    return [name for name in results.algorithms if results.runs(model, name)]
 
 
 def _seeds(results: Results, model: str, algorithm: str) -> str:

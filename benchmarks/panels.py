@@ -13,8 +13,8 @@ _ROW, _PLOT_WIDTH, _GAP, _MARGIN = 22, 300, 28, 12
 _CURVES_WIDTH, _CURVES_HEIGHT = 210, 130
 # quartile ranges beyond the quartiles, from where on a value would flatten all others
 _FAR = 4.0
-# of curves, the part that sets the height of a panel, and how much more of it is for what came before
-_LATE, _EARLIER = 0.5, 0.5
+# from where on a curve sets the height of its panel, and how much higher than that a panel is at most
+_LATE, _TALLEST = 0.5, 3.0
 OTHERS = "#c3c9d0"
 
 
@@ -147,9 +147,9 @@ def curve_panels(
     columns = min(columns, len(panels))
     curves = [*others, *baselines, *(panel.curve for panel in panels)]
     right = max(x for curve in curves for x, _ in curve) or 1.0
-    # what is worth seeing comes after the common fall at the start
     low, high = limits([y for curve in curves for x, y in curve if x >= _LATE * curve[-1][0]])
-    high += _EARLIER * (high - low)
+    # a common fall at the start would flatten what follows
+    high = min(limits([y for curve in curves for _, y in curve])[1], low + _TALLEST * (high - low))
     marks = ticks(low, high, 4)
     left = max(text_width(f"{mark:g}") for mark in marks) + _MARGIN + 8
     width, height = _CURVES_WIDTH + 22, _CURVES_HEIGHT + 58

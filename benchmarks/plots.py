@@ -167,4 +167,4 @@ def _tokens_per_step(record: Record) -> float:
 
 def _over(results: Results) -> str:
     count = len(results.models)
-    return "one model" if count == 1 else f"all {count} models"
+    return "one model" if count == 1 else f"mean over {count} models"

@@ -30,7 +30,8 @@ def ranking(results: Results) -> Table:
         "Behind it the rank on each model.",
         **{results.model_title(model): "" for model in models},
     }
-    return Table("ranks", "Ranks by the final validation loss. The dense baselines are not ranked.", columns, rows)
+    note = "The dense baselines are not ranked."
+    return Table("ranks", "Ranks by the final validation loss.", columns, rows, note)
 
 
 def pooled_losses(results: Results, reference: str) -> Table:

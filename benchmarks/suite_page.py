@@ -73,9 +73,9 @@ def _coverage(results: Results) -> Iterator[Block]:
                 for (model, algorithm, seed), error in results.failed.items()
             ]
         )
-    if results.missing():
+    if missing:
         yield "Missing runs:"
-        yield Items([f"{results.model_title(model)}: {', '.join(names)}" for model, names in results.missing().items()])
+        yield Items([text for model in results.suite.models if (text := _missing(results, model))])
     yield "Where they ran:"
     yield Items(list(_origins(results)))
     algorithms = results.suite.algorithms
@@ -83,6 +83,19 @@ def _coverage(results: Results) -> Iterator[Block]:
     yield Items(
         [f"{results.title(n)} ({n}){': ' + str(a['about']) if 'about' in a else ''}" for n, a in algorithms.items()]
     )
+
+
+def _missing(results: Results, model: str) -> str:
+    counts, seeds = results.missing(model), len(results.suite.seeds(model))
+    if not counts:
+        return ""
+    if sum(counts.values()) == seeds * len(results.algorithms):
+        return f"{results.model_title(model)}: all."
+    groups = [
+        f"{count} of {seeds} seeds of {', '.join(name for name, missing in counts.items() if missing == count)}"
+        for count in sorted(set(counts.values()))
+    ]
+    return f"{results.model_title(model)}: {'; '.join(groups)}."
 
 
 def _origins(results: Results) -> Iterator[str]:
@@ -130,11 +143,13 @@ def _few_pairs(results: Results) -> str:
     couples = [(one, other) for one in results.references for other in results.algorithms if one != other]
     pairs = max((len(loss_pairs(results, *couple, results.models)[0]) for couple in couples), default=0)
     within, least = least_sign_flip(seeds, 1), least_sign_flip(pairs, comparisons)
-    text = (
-        f"It takes them as roughly normal, which {seeds} seeds cannot show. A test without this assumption, by signs "
-        f"alone, never gives a p below {within:.2g} within one model, so what its tables resolve rests on it. Over all "
-        f"models there are up to {pairs} pairs, and by signs alone, corrected for {comparisons} comparisons, "
-    )
+    text = "It takes them as roughly normal. "
+    if seeds > 1:
+        text += (
+            f"{seeds} seeds cannot show that they are; a test without this assumption, by signs alone, never gives a p "
+            f"below {within:.2g} within one model, so what its tables resolve rests on it. "
+        )
+    text += f"Over all models there are up to {pairs} pairs; by signs alone, corrected for {comparisons} comparisons, "
     if least < ALPHA:
         return f"{text}p could be as low as {least:.2g}: there the t-test is taken for its power alone."
     return f"{text}p is never below {least:.2g}, so what those tables resolve rests on it too."
