@@ -50,7 +50,7 @@ class DotPanel:
     Args:
         title: above it.
         dots: from top to bottom.
-        rules: vertical lines; the first is drawn whole, the others dashed.
+        rules: vertical lines; the first is drawn whole, the others dashed, and nan not at all.
     """
 
     title: str
@@ -261,6 +261,8 @@ def _draw_dots(
         canvas.text(place(mark), bottom + 12, f"{mark:g}", anchor="mm", size=12)
     canvas.text(left + _PLOT_WIDTH / 2, bottom + 30, axis, anchor="mm", size=12, colour=FAINT)
     for number, rule in enumerate(panel.rules):
+        if math.isnan(rule):
+            continue
         canvas.line([(place(rule), rows_top), (place(rule), bottom)], colour=INK, width=1.5, dashed=number > 0)
     for number, dot in enumerate(panel.dots):
         y = rows_top + 3 + _ROW * (number + 0.5)

@@ -1,10 +1,10 @@
 """The plots of a suite: losses, differences to the baselines, zero-shot scores, and the load of the experts."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from cells import Record, Results, final_loss, load_by_rank, tasks_of
+from cells import Record, Results, final_loss, load_by_rank
 from contrasts import Contrast, loss_contrasts, score_contrasts
 from panels import OTHERS, CurvePanel, Dot, DotPanel, Key, curve_panels, dot_plot
 from typeset import MINUS, signed
@@ -24,11 +24,10 @@ _TESTED = [
 
 def pictures(results: Results) -> dict[str, Canvas]:
     """All plots by the names of their files."""
-    found = {"final_loss.png": final_losses(results)}
-    if results.references:
-        found["differences.png"] = loss_differences(results)
-    if results.references and any(tasks_of(results, model) for model in results.models):
-        found["scores.png"] = score_differences(results)
+    found = {}
+    for name, draw in (("final_loss", final_losses), ("differences", loss_differences), ("scores", score_differences)):
+        if (canvas := draw(results)) is not None:
+            found[f"{name}.png"] = canvas
     for model in results.models:
         found[f"losses_{model}.png"] = loss_curves(results, model)
         if (load := load_map(results, model)) is not None:
@@ -36,7 +35,7 @@ def pictures(results: Results) -> dict[str, Canvas]:
     return found
 
 
-def final_losses(results: Results) -> Canvas:
+def final_losses(results: Results) -> Canvas | None:
     """A panel for each model: mean, standard deviation and single seeds of each algorithm, the lowest first."""
     panels = []
     for model in results.models:
@@ -58,10 +57,10 @@ def final_losses(results: Results) -> Canvas:
         keys.append(Key(f"{results.title(reference)}, the reference", "dot", _REFERENCE))
     keys += _baseline_keys(results, results.baselines.values())
     title = "Final validation loss: left is better"
-    return dot_plot(panels, title=title, axis="nats per token", keys=keys, columns=2, shared=False)
+    return _plot(panels, title=title, axis="nats per token", keys=keys, shared=False)
 
 
-def loss_differences(results: Results) -> Canvas:
+def loss_differences(results: Results) -> Canvas | None:
     """A panel for each reference: differences over all models."""
     panels = []
     for reference in results.references:
@@ -69,11 +68,13 @@ def loss_differences(results: Results) -> Canvas:
         dots = _tested_dots(results, found, 1.0, 4, lower_is_better=True)
         panels.append(DotPanel(f"against {results.title(reference)}", dots, [0.0]))
     title = f"Final validation loss, {_over(results)}: left is better"
-    return dot_plot(panels, title=title, axis="nats per token", keys=_TESTED, columns=2, shared=False)
+    return _plot(panels, title=title, axis="nats per token", keys=_TESTED, shared=False)
 
 
-def score_differences(results: Results) -> Canvas:
+def score_differences(results: Results) -> Canvas | None:
     """A panel for each model, and one over all: differences of the zero-shot score to the first reference."""
+    if not results.references:
+        return None
     reference = results.references[0]
     groups = {results.model_title(model): [model] for model in results.models}
     if len(groups) > 1:
@@ -83,7 +84,7 @@ def score_differences(results: Results) -> Canvas:
         found = score_contrasts(results, reference, models)
         panels.append(DotPanel(title, _tested_dots(results, found, 100.0, 1, lower_is_better=False), [0.0]))
     title = f"Zero-shot score against {results.title(reference)}: right is better"
-    return dot_plot(panels, title=title, axis="percentage points", keys=_TESTED, columns=2, shared=True)
+    return _plot(panels, title=title, axis="percentage points", keys=_TESTED, shared=True)
 
 
 def loss_curves(results: Results, model: str) -> Canvas:
@@ -126,6 +127,11 @@ def load_map(results: Results, model: str) -> Canvas | None:
         column_title="experts, busiest first",
         scale=RELATIVE,
     )
+
+
+def _plot(panels: Sequence[DotPanel], *, title: str, axis: str, keys: Sequence[Key], shared: bool) -> Canvas | None:
+    drawn = [panel for panel in panels if panel.dots]
+    return dot_plot(drawn, title=title, axis=axis, keys=keys, columns=2, shared=shared) if drawn else None
 
 
 def _tested_dots(

@@ -33,7 +33,8 @@ def write_page(suite: str, folder: Path | None = None) -> list[Path]:
     if not results.cells:
         raise ValueError(f"{target}: no run of the suite has finished; python benchmarks/run.py --suite {suite}")
     drawn = pictures(results)
-    blocks, title = without_repeats(page(results)), f"Suite {results.suite.name}"
+    shown = [block for block in page(results) if not isinstance(block, Picture) or block.file in drawn]
+    blocks, title = without_repeats(shown), f"Suite {results.suite.name}"
     files = {"tables.md": markdown(title, blocks).encode(), "tables.tex": latex(title, blocks).encode()}
     files |= {name: canvas.png() for name, canvas in drawn.items()}
     for name, content in files.items():
