@@ -163,7 +163,8 @@ def curve_panels(
         frame = _Frame(
             left + number % columns * width, top + 26 + number // columns * height, (0.0, right), (low, high)
         )
-        canvas.text(frame.left, frame.top - 11, panel.title)
+        room = _CURVES_WIDTH - text_width(panel.text, 12) - 10
+        canvas.text(frame.left, frame.top - 11, _cut(panel.title, room))
         canvas.text(frame.left + _CURVES_WIDTH, frame.top - 11, panel.text, anchor="rm", size=12, colour=FAINT)
         _draw_axes(canvas, frame, marks, axes[0], with_numbers=number % columns == 0)
         for curve in others:
@@ -223,6 +224,13 @@ def _within(curve: Sequence[Point], low: float, high: float) -> Iterator[list[Po
             middle = y0 + (one + other) / 2 * (y1 - y0)
             if low <= middle <= high:
                 yield [(x0 + share * (x1 - x0), y0 + share * (y1 - y0)) for share in (one, other)]
+
+
+def _cut(text: str, room: Number) -> str:
+    if text_width(text) <= room:
+        return text
+    kept = next(end for end in range(len(text), -1, -1) if text_width(f"{text[:end]}...") <= room or end == 0)
+    return f"{text[:kept]}..."
 
 
 def _draw_axes(canvas: Canvas, frame: _Frame, marks: Sequence[float], axis: str, *, with_numbers: bool) -> None:

@@ -24,15 +24,16 @@ _TESTED = [
 
 def pictures(results: Results) -> dict[str, Canvas]:
     """All plots by the names of their files."""
-    found = {}
-    for name, draw in (("final_loss", final_losses), ("differences", loss_differences), ("scores", score_differences)):
-        if (canvas := draw(results)) is not None:
-            found[f"{name}.png"] = canvas
+    drawn = {
+        "final_loss": final_losses(results),
+        "differences": loss_differences(results),
+        "scores": score_differences(results),
+    }
     for model in results.models:
-        found[f"losses_{model}.png"] = loss_curves(results, model)
-        if (load := load_map(results, model)) is not None:
-            found[f"load_{model}.png"] = load
-    return found
+        drawn[f"losses_{model}"] = loss_curves(results, model)
+        drawn[f"scores_{model}"] = score_differences(results, model)
+        drawn[f"load_{model}"] = load_map(results, model)
+    return {f"{name}.png": canvas for name, canvas in drawn.items() if canvas is not None}
 
 
 def final_losses(results: Results) -> Canvas | None:
@@ -71,19 +72,14 @@ def loss_differences(results: Results) -> Canvas | None:
     return _plot(panels, title=title, axis="nats per token", keys=_TESTED, shared=False)
 
 
-def score_differences(results: Results) -> Canvas | None:
-    """A panel for each model, and one over all: differences of the zero-shot score to the first reference."""
-    if not results.references:
-        return None
-    reference = results.references[0]
-    groups = {results.model_title(model): [model] for model in results.models}
-    if len(groups) > 1:
-        groups = {_over(results): results.models, **groups}
+def score_differences(results: Results, model: str | None = None) -> Canvas | None:
+    """A panel for each reference: differences of the zero-shot score, on one model or over all."""
+    models = results.models if model is None else [model]
     panels = []
-    for title, models in groups.items():
-        found = score_contrasts(results, reference, models)
-        panels.append(DotPanel(title, _tested_dots(results, found, 100.0, 1, lower_is_better=False), [0.0]))
-    title = f"Zero-shot score against {results.title(reference)}: right is better"
+    for reference in results.references:
+        dots = _tested_dots(results, score_contrasts(results, reference, models), 100.0, 1, lower_is_better=False)
+        panels.append(DotPanel(f"against {results.title(reference)}", dots, [0.0]))
+    title = f"Zero-shot score, {_over(results) if model is None else results.model_title(model)}: right is better"
     return _plot(panels, title=title, axis="percentage points", keys=_TESTED, shared=True)
 
 
@@ -173,4 +169,4 @@ def _tokens_per_step(record: Record) -> float:
 
 def _over(results: Results) -> str:
     count = len(results.models)
-    return "one model" if count == 1 else f"mean over {count} models"
+    return "one model" if count == 1 else f"{count} models together"

@@ -169,10 +169,10 @@ def _pooled(results: Results) -> Iterator[Block]:
             f"{found.statistic:.1f}, p {p_text(found.p_value)}, {verdict}. The dense baselines are not among them."
         )
     yield Picture("final_loss.png", "Final validation loss of each algorithm on each model.")
-    yield Picture("differences.png", "Loss differences over all models.")
+    yield Picture("differences.png", "Differences of losses over all models.")
     for reference in results.references:
         yield pooled_tables.pooled_losses(results, reference)
-    yield Picture("scores.png", "Zero-shot scores against the dense baseline.")
+    yield Picture("scores.png", "Differences of zero-shot scores over all models.")
     for reference in results.references:
         yield pooled_tables.pooled_scores(results, reference)
 
@@ -182,6 +182,7 @@ def _model(results: Results, model: str) -> Iterator[Block]:
     yield Picture(f"losses_{model}.png", f"Validation loss over training, {results.model_title(model)}.")
     if model_tables.tasks_of(results, model):
         yield model_tables.scores(results, model)
+        yield Picture(f"scores_{model}.png", f"Differences of zero-shot scores, {results.model_title(model)}.")
         yield model_tables.tasks(results, model)
     if (experts := model_tables.experts(results, model)).rows:
         yield experts

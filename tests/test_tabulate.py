@@ -475,7 +475,7 @@ def test_pictures_are_drawn_and_shown(file, results):
     written = {path.name: path for path in write_page(str(file))}
     drawn = pictures(results)
     expected = {"final_loss.png", "differences.png", "scores.png"}
-    expected |= {f"{kind}_{model}.png" for kind in ("losses", "load") for model in MODELS}
+    expected |= {f"{kind}_{model}.png" for kind in ("losses", "scores", "load") for model in MODELS}
     assert set(drawn) == expected == {name for name in written if name.endswith(".png")}
     for name, canvas in drawn.items():
         with Image.open(written[name]) as image:
