@@ -30,6 +30,7 @@ from contrasts import (
     friedman,
     least_sign_flip,
     loss_contrasts,
+    loss_pairs,
     rank_ranges,
     ranks,
     score_contrasts,
@@ -242,13 +243,18 @@ def test_friedman_is_scipys(results):
 
 def test_seldom_resolves_what_is_chance(results):
     draw = np.random.default_rng(0)
-    wrong, rounds = 0, 300
+    wrong, rounds = np.zeros(2), 300
     for _ in range(rounds):
         cells = {key: {"losses": {"validation": [{"step": 1, "mean": draw.normal()}]}} for key in results.suite.order()}
-        found = loss_contrasts(Results(results.suite, cells, {}), "smoe", list(MODELS))
-        wrong += any(contrast.is_resolved for contrast in found.values())
-    # 5 %, and three standard errors
-    assert wrong / rounds < 0.05 + 3 * math.sqrt(0.05 * 0.95 / rounds)
+        chance = Results(results.suite, cells, {})
+        wrong += np.array(
+            [
+                any(contrast.is_resolved for contrast in loss_contrasts(chance, "smoe", list(MODELS)).values()),
+                any(found != (1, 3) for found in rank_ranges(chance, list(MODELS)).values()),
+            ]
+        )
+    # 5 %, and two standard errors
+    assert max(wrong) / rounds < 0.05 + 2 * math.sqrt(0.05 * 0.95 / rounds)
 
 
 def test_scores_are_paired_by_document(results):
@@ -306,6 +312,13 @@ def test_best_is_none_if_two_are_level():
     assert sole_best({"low": low, "high": high, "also": high + 0.01 * draw.normal(size=50)}) is None
     assert sole_best({"high": high, "twin": high.copy(), "low": low}) is None
     assert sole_best({"only": high}) is None
+    # resolved of two, not of three, which are three pairs
+    second = draw.normal(size=40)
+    first = second + draw.normal(size=40)
+    first += 2.4 * np.std(first - second, ddof=1) / math.sqrt(40) - np.mean(first - second)
+    assert 0.05 / 3 < stats.ttest_rel(first, second).pvalue < 0.05
+    assert sole_best({"second": second, "first": first}) == "first"
+    assert sole_best({"second": second, "first": first, "third": second - 5}) is None
 
 
 def test_few_pairs_are_told(results):
@@ -337,6 +350,8 @@ def test_incomplete_suite_tells_what_is_missing(tmp_path):
     assert rows_of(model_tables.losses(results, "big"))["good"]["seeds"] == "2 of 3"
     # of the good one seeds 0 and 2 on one model, 0 and 1 on the other; of the reference all, and seed 0
     assert rows_of(pooled_tables.pooled_losses(results, "smoe"))["good"]["pairs"] == "3"
+    pairs = loss_pairs(results, "smoe", "good", ["big"])
+    assert [side.tolist() for side in pairs] == [[loss_of("big", n, seed) for seed in (0, 2)] for n in ("smoe", "good")]
     values = [loss_of("big", "good", seed) for seed in (0, 2)]
     row = rows_of(model_tables.losses(results, "big"))["good"]
     assert row["at the end"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
