@@ -57,8 +57,8 @@ class RecordLogger(Logger):
         return 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keeps them."""
-        kept = {k: float(v) for k, v in metrics.items() if k.startswith((_ROUTING, "val_loss", "train_loss"))}
+        """Keeps what is of training; what is of validation comes without the number of steps before it."""
+        kept = {k: float(v) for k, v in metrics.items() if k.startswith((_ROUTING, "train_loss"))}
         if kept:
             self.rows.append((0 if step is None else int(step), kept))
 
@@ -88,6 +88,7 @@ class Recorder(Callback):
         self.similarity: list[float] = []
         self.load: dict[str, ExpertLoad] = {}
         self.active: dict[str, ActiveExperts] = {}
+        self.validated = -1
         self._began: tuple[float, float] | None = None
         self._stop: Callable[[], None] = lambda: None
 
@@ -116,8 +117,11 @@ class Recorder(Callback):
         self._stop = observe_routing(self._observe)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends it."""
+        """Ends it, and keeps the losses."""
         self._stop()
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_VALIDATION)}
+        self.validated = trainer.global_step
+        self.logger.rows.append((self.validated, losses))
 
     def state_dict(self) -> dict[str, Any]:
         """All that was measured so far."""
@@ -165,7 +169,8 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
     trainer.validate(module, data, verbose=False)
     start = _evaluate(module, data, loaded, cell.tasks)[0] if loaded and cell.tasks.get("at_start") else None
     trainer.fit(module, data, ckpt_path=str(last) if goes_on else None, weights_only=False if goes_on else None)
-    trainer.validate(module, data, verbose=False)
+    if recorder.validated < trainer.global_step:
+        trainer.validate(module, data, verbose=False)
     end, documents, tasks = _evaluate(module, data, loaded, cell.tasks) if loaded else ({}, {}, {})
     steps = trainer.global_step
     tokens = steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
