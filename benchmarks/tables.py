@@ -161,6 +161,28 @@ def monitoring(record: Record) -> list[str]:
     return _table(header, [row])
 
 
+def zero_shot(record: Record) -> list[str]:
+    """A row for each task, and one sentence on the time."""
+    header = ["task", "documents", "answers", "documents that differ", "largest difference of a log p", "dense", "±"]
+    rows = []
+    for case in record["cases"]:
+        metric = next(name for name in ("acc_norm", "acc") if name in case["scores"])
+        rows.append(
+            [
+                f"{case['task']}, {metric}",
+                str(case["documents"]),
+                str(case["answers"]),
+                str(case["documents_that_differ"]),
+                f"{case['log_probability_difference']:.1e}",
+                f"{100 * case['scores'][metric]:.1f}",
+                f"{100 * case['scores'][f'{metric}_stderr']:.1f}",
+            ]
+        )
+    calls = [record[name] for name in ("first_call", "second_call")]
+    spent = [f"{c['other_cpu']:.2f} of {c['cpu']:.1f} CPU seconds ({c['documents']} documents)" for c in calls]
+    return [*_table(header, rows), f"Not in the forward: {spent[0]} in the first call, {spent[1]} in the second.", ""]
+
+
 def _spread(figure: dict[str, float]) -> str:
     return f"{figure['median']:.2f} [{figure['q1']:.2f}, {figure['q3']:.2f}]"
 
@@ -191,6 +213,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Record], list[str]], tuple[Path, ...]]] = 
     "upcycle_memory": (upcycle_memory, (README,)),
     "step_zero": (step_zero, (README,)),
     "monitoring": (monitoring, (README,)),
+    "zero_shot": (zero_shot, (README,)),
 }
 
 

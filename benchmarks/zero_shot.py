@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: all eleven")
     parser.add_argument("--quick", action="store_true", help="two documents: does it run?")
     args = parser.parse_args()
-    limit = 2 if args.quick else args.limit
+    limit, since = 2 if args.quick else args.limit, time.perf_counter()
     folder: Path = CACHE / "smollm2"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -99,12 +99,19 @@ def main() -> None:
     moe, first = evaluated(lm, tasks, limit)
     # again, on fewer: what a call costs beside the forward is the same for each document
     _, second = evaluated(lm, tasks, max(1, limit // 4))
-    config = {"limit": limit, "num_experts": receipt.num_experts, "top_k": 2, "layers": len(receipt.layers)}
+    config = {
+        "rounds": 1,
+        "limit": limit,
+        "num_experts": receipt.num_experts,
+        "top_k": 2,
+        "layers": len(receipt.layers),
+    }
     record = {
         "config": config,
         "quick": args.quick,
         "seed": 0,
         **environment(torch.get_num_threads()),
+        "wall_seconds": round(time.perf_counter() - since),
         "cases": compared(dense, moe),
         "first_call": first | {"documents": limit * len(args.tasks)},
         "second_call": second | {"documents": max(1, limit // 4) * len(args.tasks)},

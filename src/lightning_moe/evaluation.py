@@ -6,6 +6,7 @@ that a model that is in training trains on as if nothing had been.
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -55,7 +56,7 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         What lm-eval's ``TaskManager.load`` does: under ``tasks`` each task by its name, and the groups.
 
     Raises:
-        FileNotFoundError: if ``include_path`` is no directory.
+        FileNotFoundError: if ``include_path`` is no directory, or if a task in it includes a file that is gone.
         ValueError: if there is no name, or none such.
     """
     from lm_eval.tasks import TaskManager
@@ -66,6 +67,8 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"include_path={str(include_path)!r} is no directory. Give one that holds YAML files.")
+    if folder is not None:
+        _check_included(folder)
     with kept_random_state():
         manager = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
         # the members of a group may be official
@@ -196,6 +199,18 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def _check_included(folder: Path) -> None:
+    # lm-eval leaves such a task out without a word, and takes its official namesake
+    for file in sorted(folder.rglob("*.yaml")):
+        for included in re.findall(r"^include:\s*(\S.*?)\s*$", file.read_text(encoding="utf-8"), re.MULTILINE):
+            target = Path(included.strip("'\""))
+            if target.is_absolute() and not target.is_file():
+                raise FileNotFoundError(
+                    f"include_path: {file} includes {target}, which is gone. If `lightning-moe tasks prepare` wrote "
+                    "it, remove the directory and run that again."
+                )
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
