@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -581,6 +582,17 @@ def test_a_failing_evaluation_ends_the_run_or_is_warned_of(tmp_path, callback, m
     ]
     assert trainer.global_step == 2
     assert not Path(trainer.log_dir, "zero_shot.json").exists()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_early_stopping_waits_for_a_score_only_if_it_is_not_strict(strict, tmp_path, callback, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_model", None)
+    stopping = EarlyStopping("zero_shot/choose/acc", strict=strict)
+    trainer = trainer_of(tmp_path, [callback(on_error="warn"), stopping], max_epochs=2)
+    missing = pytest.raises(RuntimeError, match="`zero_shot/choose/acc` which is not available")
+    with pytest.warns(MoEWarning, match="training goes on"), missing if strict else nullcontext():
+        trainer.fit(ForeignModule(), loader(batches(2)))
+    assert trainer.current_epoch == (0 if strict else 2)
 
 
 # --- several ranks ---
