@@ -276,6 +276,11 @@ def test_a_group_has_a_score_and_is_compared_by_its_tasks(place):
     ]
 
 
+def test_a_comparison_is_written_flat(compared):
+    keys = {"task", "metric", "model", "difference", "low", "high", "p_value", "count", "corrected_p", "verdict"}
+    assert all(set(row) == keys | {"is_ratio", "higher_is_better"} for row in compared[0]["comparisons"])
+
+
 def comparison(difference, low, high, p, is_ratio=False, better=True):
     return Comparison("task", "metric", "model", PairedDifference(difference, low, high, p, 9), is_ratio, better, p)
 

@@ -112,5 +112,8 @@ def _check_models(models: Sequence[str], dtype: str) -> None:
         if identity in known:
             raise ValueError(f"compare={name!r} is the same model as {known[identity]!r}. Give each model once.")
         known[identity] = name
-        if len(models) > 1 and not path.exists():
-            load_model(name, "AutoModelForCausalLM", dtype, empty=True)
+    if len(models) > 1:
+        for name in models:
+            if not Path(name).expanduser().exists():
+                # of a name on the Hub its configuration tells
+                load_model(name, "AutoModelForCausalLM", dtype, empty=True)

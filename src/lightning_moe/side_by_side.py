@@ -56,7 +56,8 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """All of it under one another, with the verdict."""
         found = asdict(self)
-        return {**found, **found.pop("paired"), "verdict": self.verdict}
+        paired = found.pop("paired")
+        return {**found, **paired, "verdict": self.verdict}
 
 
 def compare_results(results: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Any]) -> list[Comparison]:
