@@ -56,6 +56,16 @@ def test_model_dtype(path, dtype, expected):
     assert {p.dtype for p in MoEModule(path, model_dtype=dtype).parameters()} == {expected}
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_model_dtype_of_a_directory_of_save_moe(dtype, expected, tmp_path):
+    model = tiny_llama()
+    upcycle(model, small_config())
+    save_moe(model, tmp_path / "moe")
+    assert {p.dtype for p in MoEModule(str(tmp_path / "moe"), model_dtype=dtype).parameters()} == {expected}
+    with pytest.raises(ValueError, match=r"dtype='float33': torch has no such dtype"):
+        MoEModule(str(tmp_path / "moe"), model_dtype="float33")
+
+
 def test_a_directory_of_save_moe(tmp_path):
     model = tiny_llama()
     upcycle(model, small_config())

@@ -42,7 +42,7 @@ def evaluate_checkpoint(
         tokenizer: name or directory of the tokenizer of all models; None takes each model's own.
         batch_size: texts per forward.
         max_length: tokens of the longest text, longer ones lose their beginning; None takes what the model knows.
-        dtype: of the weights of a Hugging Face model, "auto" as they were saved.
+        dtype: of the weights, "auto" as they were saved.
         device: what to run on, such as cuda.
 
     Returns:

@@ -172,7 +172,8 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
     check_model_path(name)
     path = Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
-        return load_moe(path)
+        made = load_moe(path)
+        return made if dtype == "auto" else made.to(_dtype(dtype))
     loader = getattr(transformers, auto_class, None)
     if loader is None or not hasattr(loader, "from_config"):
         raise ValueError(
@@ -208,6 +209,13 @@ def check_model_path(name: str, argument: str = "model") -> None:
         )
     if path.is_dir() and not any((path / file).is_file() for file in (CONFIG_FILE, "config.json")):
         raise ValueError(f"{argument}={name!r} holds no model: there is no config.json in it.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={name!r}: torch has no such dtype. Give 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
 
 
 def _empty(loader: Any, source: str, dtype: str) -> nn.Module:
