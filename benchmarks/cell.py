@@ -4,138 +4,29 @@ import json
 import math
 import os
 import resource
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import environment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from planned import instantiate
+from recorder import ROUTING, VALIDATION, Record, Recorder, RecordLogger, expert_similarity, rounded
 from suites import Cell
-from torch import Tensor
 
 from lightning_moe import MoEUpcycleCallback
 from lightning_moe.callbacks.throughput import Throughput
 from lightning_moe.evaluation import LiveHFLM, evaluate_model, find_language_model, load_tasks, scores
-from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.layer import moe_layers
 from lightning_moe.metrics import (
-    ActiveExperts,
-    ExpertLoad,
-    ExpertWeightCosine,
     load_entropy,
     max_violation,
     num_dead_experts,
 )
-from lightning_moe.routing import Routing, observe_routing
-
-Record = dict[str, Any]
-
-_ROUTING = "moe/"
-_VALIDATION = "val_loss"
-
-
-class RecordLogger(Logger):
-    """Keeps in memory what is logged for the whole model: losses, and how the experts are used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    @property
-    def name(self) -> str:
-        """Of the logger."""
-        return "record"
-
-    @property
-    def version(self) -> int:
-        """Of the logger."""
-        return 0
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keeps what is of training; what is of validation comes without the number of steps before it."""
-        kept = {k: float(v) for k, v in metrics.items() if k.startswith((_ROUTING, "train_loss"))}
-        if kept:
-            self.rows.append((0 if step is None else int(step), kept))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the record holds the whole configuration."""
-
-    def series(self, prefix: str) -> list[Record]:
-        """What was logged under names that begin so, one entry per step; of a step that was run twice, the last."""
-        found: dict[int, Record] = {}
-        for step, metrics in self.rows:
-            kept = {name.removeprefix(prefix): _rounded(v) for name, v in metrics.items() if name.startswith(prefix)}
-            if kept:
-                found.setdefault(step, {"step": step}).update(kept)
-        return [found[step] for step in sorted(found)]
-
-
-class Recorder(Callback):
-    """Measures a run from within: seconds, the load in validation, how alike the experts are; goes into checkpoints.
-
-    Args:
-        logger: what is logged, which goes into checkpoints with the rest.
-    """
-
-    def __init__(self, logger: RecordLogger) -> None:
-        self.logger = logger
-        self.seconds = {"training_wall": 0.0, "training_cpu": 0.0}
-        self.similarity: list[float] = []
-        self.load: dict[str, ExpertLoad] = {}
-        self.active: dict[str, ActiveExperts] = {}
-        self.validated = -1
-        self._began: tuple[float, float] | None = None
-        self._stop: Callable[[], None] = lambda: None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the experts before any of them learnt something."""
-        if not self.similarity:
-            self.similarity.append(expert_similarity(moe_layers(pl_module)))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock."""
-        self._began = time.perf_counter(), time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stops it: validation, checkpoints and the reading of batches are not in it."""
-        assert self._began is not None
-        self.seconds["training_wall"] += time.perf_counter() - self._began[0]
-        self.seconds["training_cpu"] += time.process_time() - self._began[1]
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count the load."""
-        layers = moe_layers(pl_module)
-        self.load = {layer.name: ExpertLoad(layer.num_experts) for layer in layers.values()}
-        self.active = {layer.name: ActiveExperts() for layer in layers.values()}
-        self._stop = observe_routing(self._observe)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends it, and keeps the losses."""
-        self._stop()
-        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_VALIDATION)}
-        self.validated = trainer.global_step
-        self.logger.rows.append((self.validated, losses))
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that was measured so far."""
-        return {"rows": self.logger.rows, "seconds": self.seconds, "similarity": self.similarity}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.logger.rows = [(int(step), metrics) for step, metrics in state_dict["rows"]]
-        self.seconds, self.similarity = state_dict["seconds"], state_dict["similarity"]
-
-    def _observe(self, name: str, routing: Routing, losses: Mapping[str, Tensor]) -> None:
-        if name in self.load:
-            self.load[name].to(routing.weights.device).update(routing)
-            self.active[name].to(routing.weights.device).update(routing)
 
 
 def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> Record:
@@ -152,7 +43,12 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
     """
     since = time.perf_counter()
     torch.set_num_threads(threads)
-    logger = RecordLogger()
+    last, rows = work / "last.ckpt", work / "rows.jsonl"
+    goes_on = every is not None and last.is_file()
+    work.mkdir(parents=True, exist_ok=True)
+    if not goes_on:
+        rows.unlink(missing_ok=True)
+    logger = RecordLogger(rows)
     recorder = Recorder(logger)
     # asked before the model is built, so that a wrong name costs nothing
     loaded = load_tasks(cell.tasks["names"], cell.tasks.get("include_path")) if cell.tasks.get("names") else None
@@ -164,8 +60,6 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
         trainer.callbacks.append(
             ModelCheckpoint(work, filename="last", every_n_train_steps=every, enable_version_counter=False)
         )
-    last = work / "last.ckpt"
-    goes_on = every is not None and last.is_file()
     trainer.validate(module, data, verbose=False)
     start = _evaluate(module, data, loaded, cell.tasks)[0] if loaded and cell.tasks.get("at_start") else None
     trainer.fit(module, data, ckpt_path=str(last) if goes_on else None, weights_only=False if goes_on else None)
@@ -190,7 +84,7 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
             "train": [[row["step"], row["train_loss"]] for row in _train(logger)],
             "validation": _validation(logger),
         },
-        "routing": logger.series(_ROUTING),
+        "routing": logger.series(ROUTING),
         **_load(recorder),
         "expert_similarity_start": _number(recorder.similarity[0]),
         "expert_similarity": _number(expert_similarity(moe_layers(module))),
@@ -226,14 +120,6 @@ def operations_per_token(module: LightningModule, recorder: Recorder | None, len
     return Throughput(module, layers).operations_per_token(torch.tensor(active), length)
 
 
-def expert_similarity(layers: Mapping[str, MoELayer]) -> float:
-    """Mean cosine of two experts of a layer; nan without any."""
-    metric = ExpertWeightCosine()
-    for layer in layers.values():
-        metric.update(layer.expert_weights())
-    return float(metric.compute()) if layers else math.nan
-
-
 def _evaluate(module: LightningModule, data: Any, loaded: Any, tasks: Record) -> tuple[Record, Record, Record]:
     _, model = find_language_model(module)
     # a model keeps the mode it is in, and Lightning left it in that of training
@@ -242,16 +128,16 @@ def _evaluate(module: LightningModule, data: Any, loaded: Any, tasks: Record) ->
     metric: dict[str, str] = {}
     chance: dict[str, float] = {}
     documents: dict[str, list[float]] = {}
-    found = {task: {k: _rounded(v) for k, v in values.items()} for task, values in scores(results).items()}
+    found = {task: {k: rounded(v) for k, v in values.items()} for task, values in scores(results).items()}
     for task, samples in results["samples"].items():
         known = [name for name in ("acc_norm", "acc", "exact_match", "f1") if name in found[task]]
         metric[task] = tasks.get("main_metrics", {}).get(task, known[0] if known else next(iter(found[task])))
         answers = [sample[metric[task]] for sample in samples if metric[task] in sample]
-        documents[task] = [_rounded(answer) for answer in answers if isinstance(answer, (int, float))]
+        documents[task] = [rounded(answer) for answer in answers if isinstance(answer, (int, float))]
         # a task without choices is not guessed
         several = loaded["tasks"][task].OUTPUT_TYPE == "multiple_choice"
         guesses = [1 / len(sample["filtered_resps"]) if several else 0.0 for sample in samples]
-        chance[task] = _rounded(sum(guesses) / max(len(guesses), 1))
+        chance[task] = rounded(sum(guesses) / max(len(guesses), 1))
     return found, documents, {"main_metric": metric, "chance": chance}
 
 
@@ -273,9 +159,7 @@ def _train(logger: RecordLogger) -> list[Record]:
 
 def _validation(logger: RecordLogger) -> list[Record]:
     # the mean over the domains, and each domain where there are several
-    rows = [
-        {key.removeprefix("/") or "mean": value for key, value in row.items()} for row in logger.series(_VALIDATION)
-    ]
+    rows = [{key.removeprefix("/") or "mean": value for key, value in row.items()} for row in logger.series(VALIDATION)]
     return [row for row in rows if "mean" in row]
 
 
@@ -286,14 +170,14 @@ def _load(recorder: Recorder) -> Record:
     load = torch.stack(counts)
     return {
         "expert_load": [
-            [_rounded(share) for share in row.tolist()] for row in load / load.sum(1, keepdim=True).clamp(min=1)
+            [rounded(share) for share in row.tolist()] for row in load / load.sum(1, keepdim=True).clamp(min=1)
         ],
         "final_routing": {
-            "max_violation": _rounded(max_violation(load).mean()),
-            "max_violation_worst": _rounded(max_violation(load).max()),
-            "load_entropy": _rounded(load_entropy(load).mean()),
+            "max_violation": rounded(max_violation(load).mean()),
+            "max_violation_worst": rounded(max_violation(load).max()),
+            "load_entropy": rounded(load_entropy(load).mean()),
             "dead_experts": int(num_dead_experts(load).sum()),
-            "active_experts": _rounded(torch.stack([m.compute() for m in recorder.active.values()]).mean()),
+            "active_experts": rounded(torch.stack([m.compute() for m in recorder.active.values()]).mean()),
         },
     }
 
@@ -305,12 +189,8 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _rounded(value: Any) -> float:
-    return round(float(value), 5)
-
-
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else _rounded(value)
+    return None if math.isnan(value) else rounded(value)
 
 
 def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, gpu: int | None = None) -> None:
@@ -326,6 +206,7 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
@@ -339,6 +220,13 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
     (folder / "last.ckpt").unlink(missing_ok=True)
     # without the destructors of threads that a library left
     os._exit(0 if record["error"] is None else 1)
+
+
+def _end_with(parent: int) -> None:
+    # who kills the run means its cells too: one that went on might write what the next run does not expect
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _said(error: BaseException, log: Path) -> str:

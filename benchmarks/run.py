@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from suites import REPOSITORY, Cell, Suite, choose, load_suite
+from suites import REPOSITORY, Cell, Suite, choose, first_difference, load_suite
 
 Key = tuple[str, str, int]
 
@@ -49,11 +49,11 @@ def main() -> None:
     if args.dry_run:
         print("\n".join("  " + "/".join(map(str, key)) for key in missing))
         return
+    cells = {_key(cell): cell for cell in _cells(suite, wanted, _prepared(suite, models))}
+    _check_finished(suite, [cells[key] for key in wanted if key not in missing])
     threads = args.threads or suite.settings.get("threads", 1)
-    if missing:
-        cells = _cells(suite, missing, _prepared(suite, models))
-        places = [None] * args.workers if args.gpus is None else list(args.gpus)
-        sys.exit(1 if _run(suite, cells, threads, places) else 0)
+    places = [None] * args.workers if args.gpus is None else list(args.gpus)
+    sys.exit(1 if _run(suite, [cells[key] for key in missing], threads, places) else 0)
 
 
 def _arguments() -> argparse.Namespace:
@@ -83,6 +83,23 @@ def _is_finished(file: Path, *, retry: bool) -> bool:
     if not file.is_file():
         return False
     return not (retry and json.loads(file.read_text())["error"] is not None)
+
+
+def _check_finished(suite: Suite, cells: list[Cell]) -> None:
+    # a table of runs with different settings would compare nothing
+    others = {}
+    for cell in cells:
+        record = json.loads(suite.file(*_key(cell)).read_text())
+        if difference := first_difference(record["config"], cell.config) or first_difference(
+            record["tasks"], cell.tasks, "tasks"
+        ):
+            others[cell.name] = difference
+    if others:
+        name, difference = next(iter(others.items()))
+        sys.exit(
+            f"error: {len(others)} records in {suite.results} are of other settings than the suite's, the first "
+            f"{name}: {difference}. Remove them, or give the suite another name."
+        )
 
 
 def _import_from(folder: Path) -> None:

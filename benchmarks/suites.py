@@ -253,6 +253,22 @@ def _is_another_class(old: Settings, new: Settings) -> bool:
     return "class_path" in new and new["class_path"] != old.get("class_path")
 
 
+def first_difference(old: Any, new: Any, place: str = "") -> str | None:
+    """Where two settings differ first, in words; None if nowhere.
+
+    Example:
+        >>> first_difference({"trainer": {"max_steps": 4}}, {"trainer": {"max_steps": 5}})
+        'trainer.max_steps was 4 and is 5'
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else f"{place} was {old!r} and is {new!r}"
+    for key in dict.fromkeys([*old, *new]):
+        inner = f"{place}.{key}" if place else str(key)
+        if found := first_difference(old.get(key), new.get(key), inner):
+            return found
+    return None
+
+
 def filled(value: Any, words: Mapping[str, Any]) -> Any:
     """Puts what they stand for in the place of words such as ``{steps}``."""
     if isinstance(value, dict):

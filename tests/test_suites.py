@@ -164,33 +164,26 @@ def test_the_dense_baseline_takes_as_many_operations_as_the_moe(tmp_path):
     assert same_flops(smoe, dense) == pytest.approx(wanted[0] / wanted[1])
 
 
-@pytest.mark.slow
-def test_a_router_of_ones_own_gets_its_row_and_a_run_goes_on(tmp_path):
-    """Real processes on a tiny model: cells are run, kept, skipped; a failure is on record and may be tried again."""
+def tiny_suite(tmp_path, routers):
+    """A suite on a tiny model, whose cells take a second."""
     tokens = ["<|endoftext|>", *map(chr, range(32, 127))]
-    weights = tmp_path / "model"
-    _save_tiny(weights, tokens)
-    (tmp_path / "corpus.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"{i} is a number. " * 40}) for i in range(20))
-    )
-    (tmp_path / "mine.py").write_text((ROOT / "examples" / "own_router" / "rms_norm_router.py").read_text())
+    _save_tiny(tmp_path / "model", tokens)
+    lines = [json.dumps({"text": f"{i} is a number. " * 40}) for i in range(20)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     data = {
-        "tokenizer": "{model}",
-        "data_files": str(tmp_path / "corpus.jsonl"),
-        "block_size": 16,
-        "batch_size": 2,
-        "val_fraction": 0.1,
-        "num_proc": 1,
-        "cache_dir": str(tmp_path / "blocks"),
-        "seed": "{seed}",
-    }
+        "tokenizer": "{model}", "data_files": str(tmp_path / "corpus.jsonl"), "block_size": 16, "batch_size": 2,
+        "val_fraction": 0.1, "num_proc": 1, "cache_dir": str(tmp_path / "blocks"), "seed": "{seed}",
+    }  # fmt: skip
     trainer = {
         "accelerator": "cpu", "devices": 1, "max_steps": "{steps}", "val_check_interval": 2, "limit_val_batches": 1,
         "log_every_n_steps": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
-    routers = {"smoe": "TopKRouter", "mine": "mine.RMSNormRouter", "broken": "mine.NoRouter"}
-    suite = {
+    upcycled = {
+        name: {"upcycle": {"config": {"num_experts": 3, "router": {"class_path": path}}}}
+        for name, path in routers.items()
+    }
+    return {
         "seeds": [0],
         "steps": 4,
         "reference": "smoe",
@@ -199,15 +192,37 @@ def test_a_router_of_ones_own_gets_its_row_and_a_run_goes_on(tmp_path):
             "model": {"class_path": "MoEModule", "init_args": {"model": "{model}"}},
             "data": {"class_path": "TextDataModule", "init_args": data},
         },
-        "models": {"tiny": {"weights": str(weights)}},
-        "algorithms": {
-            "dense": {},
-            **{
-                name: {"upcycle": {"config": {"num_experts": 3, "router": {"class_path": path}}}}
-                for name, path in routers.items()
-            },
-        },
+        "models": {"tiny": {"weights": str(tmp_path / "model")}},
+        "algorithms": {"dense": {}, **upcycled},
     }
+
+
+def test_a_cell_goes_on_from_its_checkpoint(tmp_path):
+    from cell import run_cell
+    from suites import Cell
+
+    suite = load_suite(written(tmp_path, tiny_suite(tmp_path, {"smoe": "TopKRouter"})))
+
+    def run(steps, folder):
+        config = suite.config("tiny", "smoe", 0, str(tmp_path / "model"), steps)
+        return run_cell(Cell("suite", "tiny", "smoe", 0, config, {}), tmp_path / folder, threads=1, every=2)
+
+    whole = run(4, "whole")
+    run(2, "parts")
+    assert (tmp_path / "parts" / "last.ckpt").is_file()
+    rest = run(4, "parts")
+    for measure in ("losses", "expert_load", "expert_similarity", "expert_similarity_start", "final_routing", "tokens"):
+        assert rest[measure] == whole[measure]
+    assert [row["step"] for row in whole["losses"]["validation"]] == [0, 2, 4]
+    assert [step for step, _ in whole["losses"]["train"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_router_of_ones_own_gets_its_row_and_a_run_goes_on(tmp_path):
+    """Real processes: cells are run, kept, skipped; a failure is on record and may be tried again."""
+    (tmp_path / "mine.py").write_text((ROOT / "examples" / "own_router" / "rms_norm_router.py").read_text())
+    routers = {"smoe": "TopKRouter", "mine": "mine.RMSNormRouter", "broken": "mine.NoRouter"}
+    suite = tiny_suite(tmp_path, routers)
     path = written(tmp_path, suite)
     done = _run(path)
     assert done.returncode == 1, done.stderr
@@ -246,6 +261,11 @@ def test_a_router_of_ones_own_gets_its_row_and_a_run_goes_on(tmp_path):
     # the same cell, in another process
     redone = json.loads((results / "dense_seed0.json").read_text())
     assert redone["losses"] == records["dense_seed0"]["losses"]
+    # what was run with other settings is not taken for the suite's
+    changed = _run(written(tmp_path, suite | {"steps": 6}))
+    assert changed.returncode == 1
+    assert "4 records" in changed.stderr
+    assert "trainer.max_steps was 4 and is 6" in changed.stderr
 
 
 def _save_tiny(folder, tokens):
