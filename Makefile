@@ -10,7 +10,7 @@ demo: $(VENV)/.examples
 	HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -u examples/demo.py $(ARGS)
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

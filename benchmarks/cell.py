@@ -14,6 +14,7 @@ import torch
 from common import environment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from planned import instantiate
 from recorder import ROUTING, VALIDATION, Record, Recorder, RecordLogger, expert_similarity, rounded
 from suites import Cell
@@ -213,6 +214,9 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
         os.dup2(log.fileno(), 2)
         try:
             record = run_cell(cell, folder, threads, every)
+        except SIGTERMException:
+            # killed: no failure of the cell, which runs again next time
+            os._exit(1)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             record = failed(cell, _said(error, folder / "log.txt"), threads)
@@ -231,7 +235,9 @@ def _end_with(parent: int) -> None:
 
 def _said(error: BaseException, log: Path) -> str:
     if isinstance(error, SystemExit):
-        # a configuration that is refused is told on the console
+        if isinstance(error.code, str):
+            return error.code.removeprefix("error: ")
+        # a configuration that is no configuration is told on the console
         told = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
         return told[-1].removeprefix("error: ") if told else "the configuration was refused"
     return f"{type(error).__name__}: {error}".splitlines()[0]
