@@ -51,11 +51,14 @@ def toy_cell(suite: Suite, model: str, algorithm: str, folder: Path) -> Cell:
         ValueError: if the model has no ``architecture``.
     """
     settings = suite.models[model]
+    # one that the suite pretrains is small already
+    settings = settings.get("pretrain", settings)
     if "architecture" not in settings:
         raise ValueError(f"--toy: models.{model} has no architecture to shrink.")
     seed = suite.seeds(model)[0]
     with torch.device("meta"):
-        dense: Any = AutoModelForCausalLM.from_config(architecture(settings["architecture"]))
+        sizes = {"vocab_size": settings["vocab_size"]} if "vocab_size" in settings else {}
+        dense: Any = AutoModelForCausalLM.from_config(architecture(settings["architecture"], **sizes))
     meta_model(suite.config(model, algorithm, seed, model, STEPS), dense)
     weights = _toy_model(settings, folder / model)
     config = merged(suite.config(model, algorithm, seed, str(weights), STEPS), _RUN)

@@ -368,12 +368,16 @@ def test_seed_09_every_configuration_in_the_repository_is_stepped_in_ci():
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
         return set(done.stdout.split())
 
-    # every file of ours that says what to train
-    wanted = {
-        name
-        for name in listed("git ls-files")
-        if name.endswith((".yaml", ".yml")) and re.search(r"^\W*trainer\W*:", (ROOT / name).read_text(), re.MULTILINE)
+    texts = {name: (ROOT / name).read_text() for name in listed("git ls-files") if name.endswith((".yaml", ".yml"))}
+    # the suites of the benchmark, each with one configuration per cell
+    suites = {name for name, text in texts.items() if re.search(r"^algorithms:", text, re.MULTILINE)}
+    suites |= {name for name, text in texts.items() if re.search(r"^extends:", text, re.MULTILINE)}
+    run = re.findall(r"run\.py --suite (\S+)", script)
+    assert {name.removeprefix("benchmarks/suites/").removesuffix(".yaml") for name in suites} == {
+        name.removesuffix(".yaml") for name in run
     }
+    # every other file of ours that says what to train
+    wanted = {name for name, text in texts.items() if re.search(r"^\W*trainer\W*:", text, re.MULTILINE)} - suites
     assert "examples/smollm2.yaml" in wanted
     assert listed(loop[1]) == wanted
     # and on tiny models, in the tests
