@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import threading
@@ -207,7 +208,7 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_run, daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
@@ -226,11 +227,11 @@ def work(cell: Cell, file: Path, folder: Path, threads: int, every: int | None, 
     os._exit(0 if record["error"] is None else 1)
 
 
-def _end_with(parent: int) -> None:
-    # who kills the run means its cells too: one that went on might write what the next run does not expect
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with_run() -> None:
+    # who kills the run means its cells too: one that went on would write what the next run writes
+    if (run := multiprocessing.parent_process()) is not None:
+        run.join()
+        os._exit(1)
 
 
 def _said(error: BaseException, log: Path) -> str:

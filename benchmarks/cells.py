@@ -60,7 +60,7 @@ class Results:
     def baselines(self) -> dict[str, str]:
         """Those that the suite names, ``tokens`` before ``flops``; each an algorithm."""
         named = self.suite.settings.get("baselines") or {}
-        return {kind: named[kind] for kind in ("tokens", "flops") if kind in named}
+        return {kind: named[kind] for kind in ("tokens", "flops") if named.get(kind)}
 
     @property
     def ranked(self) -> list[str]:

@@ -34,6 +34,8 @@ def main() -> None:
         suite = load_suite(args.suite, args.results)
         models = choose(args.models, suite.models, "--models")
         algorithms = choose(args.algorithms, suite.algorithms, "--algorithms")
+        seeds = {str(seed): seed for model in models for seed in suite.seeds(model)}
+        choose(None if args.seeds is None else list(map(str, args.seeds)), seeds, "--seeds")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     wanted = [

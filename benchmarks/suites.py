@@ -188,7 +188,10 @@ def _read(path: Path) -> Settings:
         raise ValueError(f"{path.name} holds no settings. Wanted keys such as models and algorithms.")
     if (base := settings.pop("extends", None)) is None:
         return settings
-    whole = merged(_read(_path(str(path.parent / base) if base.endswith(".yaml") else base)), settings)
+    extended = _read(_path(str(path.parent / base) if base.endswith(".yaml") else base))
+    # what it says of itself holds for itself
+    extended.pop("about", None)
+    whole = merged(extended, settings)
     for group in ("models", "algorithms"):
         # null takes one away
         whole[group] = {name: found for name, found in whole[group].items() if found is not None}
@@ -207,7 +210,8 @@ def _check(settings: Settings, path: Path) -> None:
         for name, found in settings[group].items():
             _known(found, keys, f"{path.name}: {group}.{name}")
     algorithms = settings["algorithms"]
-    named = {"reference": settings.get("reference"), **(settings.get("baselines") or {})}
+    settings.setdefault("baselines", {})
+    named = {"reference": settings.get("reference"), **{f"baselines.{k}": v for k, v in settings["baselines"].items()}}
     named |= {f"algorithms.{key}.same_flops_as": value.get("same_flops_as") for key, value in algorithms.items()}
     for place, algorithm in named.items():
         if algorithm is not None:

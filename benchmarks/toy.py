@@ -27,7 +27,7 @@ _RUN = {
         "init_args": {
             "dataset": None,
             "dataset_config": None,
-            "data_files": {"code": "benchmarks/*.py"},
+            "data_files": "benchmarks/*.py",
             "val_files": None,
             "val_fraction": 0.1,
             "block_size": 16,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,11 @@ def test_a_suite_extends_another_and_takes_away(tmp_path):
     assert list(suite.algorithms) == ["dense", "smoe", "mine"]
     assert suite.settings["steps"] == 1
     assert suite.settings["seeds"] == [0, 1]
+    # what the other says of itself is not said of this one
+    written(tmp_path, BASE | {"about": "On two models.", "baselines": {"tokens": "dense"}}, "base")
+    suite = load_suite(written(tmp_path, changes | {"algorithms": {"dense": None}, "baselines": {"tokens": None}}))
+    assert "about" not in suite.settings
+    assert list(suite.algorithms) == ["smoe"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_a_suite_extends_another_and_takes_away(tmp_path):
         ({"algorithms": {"smoe": {"upcycling": {}}}}, r"algorithms.smoe: .*Did you mean 'upcycle'"),
         ({"algorithms": {"big": {"same_flops_as": "sme"}, "smoe": {}}}, r"no 'sme'. Did you mean 'smoe'"),
         ({"reference": "cosine"}, r"reference: there is no 'cosine'. There are dense, smoe"),
-        ({"baselines": {"tokens": "dens"}}, r"tokens: there is no 'dens'. Did you mean 'dense'"),
+        ({"baselines": {"tokens": "dens"}}, r"baselines.tokens: there is no 'dens'. Did you mean 'dense'"),
         ({"seeds": []}, r"seeds is missing or empty"),
         ({"steps": "many"}, r"steps is 'many'; wanted a int"),
     ],
@@ -266,6 +272,42 @@ def test_a_router_of_ones_own_gets_its_row_and_a_run_goes_on(tmp_path):
     assert changed.returncode == 1
     assert "4 records" in changed.stderr
     assert "trainer.max_steps was 4 and is 6" in changed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_takes_its_cells_along(tmp_path):
+    path = written(tmp_path, tiny_suite(tmp_path, {}) | {"steps": 1_000_000, "reference": "dense"})
+    assert "there is no '7'. There are 0." in _run(path, "--seeds", "7").stderr
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--suite", path]
+    run = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL)
+    rows = ROOT / "examples" / ".cache" / "benchmark" / "suite" / "tiny" / "dense_seed0" / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    _wait_for(lambda: rows.is_file() and rows.stat().st_size > 0)
+    run.kill()
+    run.wait()
+    _wait_for(lambda: not _processes_of(tmp_path))
+    assert not (tmp_path / "results").exists()
+
+
+def _processes_of(folder):
+    # its folder is in the environment of all that a run starts
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            ours = str(folder).encode() in environ.read_bytes()
+        except OSError:
+            continue
+        if ours and int(environ.parent.name) != os.getpid():
+            found.append(environ.parent.name)
+    return found
+
+
+def _wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def _save_tiny(folder, tokens):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_moe.checks import check_whole
 from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.corpus import load_tokenizer
 from lightning_moe.module import check_model_path, load_model
@@ -65,6 +66,7 @@ def evaluate_checkpoint(
         return evaluate_model(lm, loaded, limit, log_samples=bool(compare))
 
     # what is quickly told goes first
+    check_whole(batch_size=batch_size, **({} if limit is None else {"limit": limit}))
     models, file = [model, *(compare or ())], None if output is None else Path(output).expanduser()
     if file is not None and file.exists():
         raise FileExistsError(f"output={output!r} exists. Remove it, or give another name with --output.")
