@@ -16,12 +16,11 @@ from common import environment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from planned import instantiate
+from planned import instantiate, operations_per_token
 from recorder import ROUTING, VALIDATION, Record, Recorder, RecordLogger, expert_similarity, rounded
 from suites import Cell
 
 from lightning_moe import MoEUpcycleCallback
-from lightning_moe.callbacks.throughput import Throughput
 from lightning_moe.evaluation import LiveHFLM, evaluate_model, find_language_model, load_tasks, scores
 from lightning_moe.layer import moe_layers
 from lightning_moe.metrics import (
@@ -70,7 +69,9 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
     end, documents, tasks = _evaluate(module, data, loaded, cell.tasks) if loaded else ({}, {}, {})
     steps = trainer.global_step
     tokens = steps * trainer.accumulate_grad_batches * data.batch_size * data.block_size
-    flops = operations_per_token(module, recorder, data.block_size)
+    # of the experts, those that compute for a token in validation
+    active = [float(metric.compute()) for metric in recorder.active.values()]
+    flops = operations_per_token(module, active, data.block_size)
     return {
         **_named(cell),
         **environment(threads),
@@ -83,7 +84,7 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
         "steps": steps,
         "tokens": tokens,
         "losses": {
-            "train": [[row["step"], row["train_loss"]] for row in _train(logger)],
+            "train": [[row["step"], row[""]] for row in logger.series("train_loss") if "" in row],
             "validation": _validation(logger),
         },
         "routing": logger.series(ROUTING),
@@ -104,22 +105,6 @@ def run_cell(cell: Cell, work: Path, threads: int, every: int | None = None) -> 
 def failed(cell: Cell, error: str, threads: int) -> Record:
     """The record of a cell that ended in an error."""
     return {**_named(cell), **environment(threads), "config": cell.config, "tasks": cell.tasks, "error": error}
-
-
-def operations_per_token(module: LightningModule, recorder: Recorder | None, length: int) -> float:
-    """Floating-point operations of a token of training; of the experts, those that compute for it in validation.
-
-    Args:
-        module: the trained module, or one on the meta device.
-        recorder: has counted them; None takes what the routers promise.
-        length: tokens of a sequence.
-    """
-    layers = moe_layers(module)
-    active = [
-        float(layer.router.experts_per_token) if recorder is None else float(recorder.active[layer.name].compute())
-        for layer in layers.values()
-    ]
-    return Throughput(module, layers).operations_per_token(torch.tensor(active), length)
 
 
 def _evaluate(module: LightningModule, data: Any, loaded: Any, tasks: Record) -> tuple[Record, Record, Record]:
@@ -153,10 +138,6 @@ def _sizes(trainer: Trainer, module: LightningModule) -> Record:
     receipts = [c.receipt for c in trainer.callbacks if isinstance(c, MoEUpcycleCallback)]  # type: ignore[attr-defined]
     active = next((receipt.active_parameters[1] for receipt in receipts if receipt is not None), total)
     return {"parameters": total, "active_parameters": active}
-
-
-def _train(logger: RecordLogger) -> list[Record]:
-    return [row | {"train_loss": row[""]} for row in logger.series("train_loss") if "" in row]
 
 
 def _validation(logger: RecordLogger) -> list[Record]:

@@ -141,9 +141,14 @@ def ranks(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(known, map(float, stats.rankdata([values[name] for name in known])), strict=True)) if known else {}
 
 
+def loss_ranks(results: Results, model: str) -> dict[str, float]:
+    """Ranks on one model by the mean final loss."""
+    return ranks({name: results.summary(model, name, final_loss).mean for name in results.ranked})
+
+
 def mean_ranks(results: Results, models: Sequence[str]) -> dict[str, float]:
     """Mean over models of the rank by the mean final loss; of algorithms that have one in each of the models."""
-    rows = [ranks({name: results.summary(model, name, final_loss).mean for name in results.ranked}) for model in models]
+    rows = [loss_ranks(results, model) for model in models]
     return {
         name: float(np.mean([row[name] for row in rows])) for name in results.ranked if all(name in r for r in rows)
     }

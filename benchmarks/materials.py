@@ -82,11 +82,12 @@ def pretrained(name: str, settings: dict[str, Any]) -> Path:
     from planned import instantiate
     from transformers import AutoModelForCausalLM
 
-    digest = hashlib.sha256(json.dumps([settings, _digest(TEXTS)], sort_keys=True).encode()).hexdigest()[:12]
+    texts = _digest(TEXTS)
+    digest = hashlib.sha256(json.dumps([settings, texts], sort_keys=True).encode()).hexdigest()[:12]
     target = PRETRAINED / f"{name}-{digest}"
     if (target / "model.safetensors").is_file():
         return target
-    tokenizer = _tokenizer(PRETRAINED / f"tokenizer-{settings['vocab_size']}-{_digest(TEXTS)}", settings["vocab_size"])
+    tokenizer = _tokenizer(PRETRAINED / f"tokenizer-{settings['vocab_size']}-{texts}", settings["vocab_size"])
     work = target.with_suffix(".start")
     torch.manual_seed(0)
     config = architecture(

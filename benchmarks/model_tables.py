@@ -18,7 +18,7 @@ from cells import (
     task_score,
     tasks_of,
 )
-from contrasts import Contrast, loss_contrasts, rank_ranges, ranks, score_contrasts, sole_best
+from contrasts import Contrast, loss_contrasts, loss_ranks, rank_ranges, score_contrasts, sole_best
 from typeset import MINUS, NOTHING, Bold, Table, p_text, signed
 
 _PRETRAINED = "pretrained, as it was"
@@ -31,7 +31,7 @@ _BRIEF = (
 
 def losses(results: Results, model: str) -> Table:
     """Final loss, rank and differences of each algorithm on one model."""
-    rank = ranks(_mean_losses(results, model))
+    rank = loss_ranks(results, model)
     against = {name: loss_contrasts(results, name, [model]) for name in results.references}
     ranges = rank_ranges(results, [model])
     start = _before_training(results, model, [start_loss], 4, 1.0)
@@ -174,10 +174,6 @@ def _spread(summary: Summary, digits: int, factor: float = 1.0, *, with_deviatio
     mean = f"{factor * summary.mean:.{digits}f}".replace("-", MINUS)
     has_one = with_deviation and summary.count > 1
     return f"{mean} ± {factor * summary.deviation:.{digits}f}" if has_one else mean
-
-
-def _mean_losses(results: Results, model: str) -> dict[str, float]:
-    return {name: results.summary(model, name, final_loss).mean for name in results.ranked}
 
 
 def _that_ran(results: Results, model: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What a cell's configuration makes: its objects, or its model on the meta device and what a token of it costs."""
 
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -27,15 +28,25 @@ def instantiate(config: dict[str, Any]) -> Any:
 
 def same_flops(wanted: dict[str, Any], other: dict[str, Any]) -> float:
     """How many steps of the second run take the operations of one step of the first, of equally many tokens."""
-    return operations_per_token(wanted) / operations_per_token(other)
+    return promised_operations(wanted) / promised_operations(other)
 
 
-def operations_per_token(config: dict[str, Any]) -> float:
-    """Operations of a token of training, from a cell's configuration alone."""
+def promised_operations(config: dict[str, Any]) -> float:
+    """Operations of a token of training, from a cell's configuration and what its routers promise."""
     model = meta_model(config)
-    layers = moe_layers(model)
-    active = torch.tensor([float(layer.router.experts_per_token) for layer in layers.values()])
-    return Throughput(model, layers).operations_per_token(active, int(config["data"]["init_args"]["block_size"]))
+    active = [float(layer.router.experts_per_token) for layer in moe_layers(model).values()]
+    return operations_per_token(model, active, int(config["data"]["init_args"]["block_size"]))
+
+
+def operations_per_token(model: nn.Module, active: Sequence[int | float], length: int) -> float:
+    """Floating-point operations of a token of training.
+
+    Args:
+        model: with weights or without.
+        active: experts that compute for a token, in each MoE layer.
+        length: tokens of a sequence.
+    """
+    return Throughput(model, moe_layers(model)).operations_per_token(torch.tensor(active), length)
 
 
 def meta_model(config: dict[str, Any], dense: nn.Module | None = None) -> nn.Module:

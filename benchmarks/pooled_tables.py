@@ -2,8 +2,8 @@
 
 import math
 
-from cells import Results, final_loss
-from contrasts import Contrast, loss_contrasts, loss_pairs, mean_ranks, rank_ranges, ranks, score_contrasts
+from cells import Results
+from contrasts import Contrast, loss_contrasts, loss_pairs, loss_ranks, mean_ranks, rank_ranges, score_contrasts
 from typeset import NOTHING, Bold, Table, p_text, signed
 
 _P = "after Holm's correction over the rows of this table."
@@ -13,7 +13,7 @@ def ranking(results: Results) -> Table:
     """Ranks of the algorithms over all models, the best first."""
     models = results.models
     means, ranges = mean_ranks(results, models), rank_ranges(results, models)
-    single = {model: ranks(_mean_losses(results, model)) for model in models}
+    single = {model: loss_ranks(results, model) for model in models}
     order = sorted(ranges, key=lambda name: (means.get(name, math.inf), results.algorithms.index(name)))
     rows = []
     for name in order:
@@ -88,10 +88,6 @@ def _tested(contrast: Contrast, factor: float, digits: int) -> list[str]:
         return [signed(factor * found.difference, digits), interval, NOTHING, "one pair, not tested"]
     verdict = ("lower" if found.difference < 0 else "higher") if contrast.is_resolved else "not resolved"
     return [signed(factor * found.difference, digits), interval, p_text(contrast.p_value), verdict]
-
-
-def _mean_losses(results: Results, model: str) -> dict[str, float]:
-    return {name: results.summary(model, name, final_loss).mean for name in results.ranked}
 
 
 def _mean_loss_difference(results: Results, first: str, second: str, model: str) -> float:

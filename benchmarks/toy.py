@@ -3,7 +3,6 @@
 Whether every cell of a suite that needs GPUs can be built and run is known so without one.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,7 @@ def toy_cell(suite: Suite, model: str, algorithm: str, folder: Path) -> Cell:
     meta_model(suite.config(model, algorithm, seed, model, STEPS), dense)
     weights = _toy_model(settings, folder / model)
     config = merged(suite.config(model, algorithm, seed, str(weights), STEPS), _RUN)
-    cell = Cell(f"{suite.name}-toy", model, algorithm, seed, config, {})
-    return replace(cell, config=_all_layers(config))
+    return Cell(f"{suite.name}-toy", model, algorithm, seed, _all_layers(config), {})
 
 
 def _all_layers(config: dict[str, Any]) -> dict[str, Any]:

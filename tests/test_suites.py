@@ -18,7 +18,7 @@ from lightning_moe.layer import moe_layers
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from planned import meta_model, operations_per_token, same_flops  # noqa: E402
+from planned import meta_model, promised_operations, same_flops  # noqa: E402
 from suites import SUITES, load_suite, merged  # noqa: E402
 
 BASE = {
@@ -166,7 +166,7 @@ def test_the_dense_baseline_takes_as_many_operations_as_the_moe(tmp_path):
     gates = 2 * 4 * 16
     fixed = attention + norms + 16 * 50
     wanted = [6 * (fixed + 2 * used * ffn + extra) + 12 * 2 * 16 * 16 for used, extra in ((2, gates), (1, 0))]
-    assert [operations_per_token(smoe), operations_per_token(dense)] == wanted
+    assert [promised_operations(smoe), promised_operations(dense)] == wanted
     assert same_flops(smoe, dense) == pytest.approx(wanted[0] / wanted[1])
 
 
