@@ -112,11 +112,11 @@ def dot_plot(
     canvas = Canvas(whole, top + sum(heights) + _MARGIN)
     canvas.text(_MARGIN, 20, title, size=16)
     _draw_keys(canvas, keys, 44)
-    common = limits([value for panel in panels for value in _values(panel)]) if shared else None
+    common = _span(panels) if shared else None
     for row, height in zip(rows, heights, strict=True):
         for column, panel in enumerate(row):
             x = _MARGIN + column * (width + _GAP)
-            _draw_dots(canvas, panel, x, x + left, top, common or limits(_values(panel)), axis)
+            _draw_dots(canvas, panel, x, x + left, top, common or _span([panel]), axis)
         top += height
     return canvas
 
@@ -249,9 +249,13 @@ def _draw_axes(canvas: Canvas, frame: _Frame, marks: Sequence[float], axis: str,
     canvas.text(frame.left + _CURVES_WIDTH, bottom + 11, axis, anchor="rm", size=12, colour=FAINT)
 
 
-def _values(panel: DotPanel) -> list[float]:
-    spans = [value for dot in panel.dots for value in (dot.value, dot.low, dot.high, *dot.points)]
-    return [*spans, *panel.rules]
+def _span(panels: Sequence[DotPanel]) -> tuple[float, float]:
+    dots = [dot for panel in panels for dot in panel.dots]
+    rules = [rule for panel in panels for rule in panel.rules]
+    low, high = limits([*(v for dot in dots for v in (dot.value, dot.low, dot.high, *dot.points)), *rules])
+    # a dot that is far off is an arrow; a line there would stand at a wrong number
+    known = [rule for rule in rules if math.isfinite(rule)]
+    return min([low, *known]), max([high, *known])
 
 
 def _draw_dots(
