@@ -220,7 +220,8 @@ def test_strided_input():
     experts, routing = of_size("grouped"), regular(7, 5, 2)
     x = torch.randn(8, 7).t()
     assert not x.is_contiguous()
-    torch.testing.assert_close(experts(x, routing), experts(x.contiguous(), routing), rtol=0, atol=0)
+    # a processor may sum the two in another order
+    torch.testing.assert_close(experts(x, routing), experts(x.contiguous(), routing), **FLOAT32)
 
 
 def test_an_expert_without_a_token_gets_a_zero_gradient():

@@ -121,8 +121,8 @@ class OutputCKA(Ratio):
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]])
         >>> metric = OutputCKA()
-        >>> metric(torch.stack([x, 3 * x.flip(1)]))
-        tensor(1.0000)
+        >>> round(float(metric(torch.stack([x, 3 * x.flip(1)]))), 5)
+        1.0
     """
 
     def update(self, outputs: Float[Tensor, "E T D"], token_mask: Bool[Tensor, " T"] | None = None) -> None:
