@@ -10,6 +10,7 @@ from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.expansion import expand
 from lightning_moe.experts import Experts, combine, dispatch
+from lightning_moe.export import Exported, export_to_hf
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights
 from lightning_moe.ffn_search import find_ffns
 from lightning_moe.initializers import (
@@ -202,6 +203,7 @@ __all__ = [
     "ExpertWeightCosine",
     "ExpertWeightDistance",
     "Experts",
+    "Exported",
     "FFNFamily",
     "FFNStates",
     "FFNWeights",
@@ -285,6 +287,7 @@ __all__ = [
     "dispatch",
     "expand",
     "expert_load",
+    "export_to_hf",
     "find_ffns",
     "limit_capacity",
     "load_balancing_loss",

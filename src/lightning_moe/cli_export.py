@@ -1,0 +1,67 @@
+"""The verb ``lightning-moe export``: an upcycled model in, a Hugging Face MoE model that needs no code of ours out."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
+from lightning_moe.export import Exported, export_to_hf
+from lightning_moe.module import load_model
+from lightning_moe.saving import CONFIG_FILE
+
+
+def export_checkpoint(
+    *,
+    model: str,
+    output: str,
+    target: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+) -> Exported:
+    """Writes an upcycled model as a native Mixture-of-Experts model of Hugging Face.
+
+    Before anything is written its logits are compared with those of the model as it is. The tokenizer is copied.
+
+    Args:
+        model: directory of what save_moe or `lightning-moe upcycle` wrote.
+        output: the directory to write, which must be empty or not exist.
+        target: the architecture, such as mixtral; None takes the first that holds the model exactly.
+        dtype: of the weights, "auto" as they were saved.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        FileExistsError: if the directory to write holds something.
+        ValueError: if no architecture holds the model exactly.
+    """
+    directory = Path(model).expanduser()
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"model={model!r} holds no {CONFIG_FILE}. Give the directory that save_moe(model, path) or `lightning-moe "
+            "upcycle` wrote."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError):
+        tokenizer = None
+    loaded: Any = load_model(str(directory), "AutoModelForCausalLM", dtype)
+    exported = export_to_hf(loaded, output, target=target, tokenizer=tokenizer)
+    if tokenizer is None:
+        print(f"note: {model} has no tokenizer that could be copied.", file=sys.stderr)
+    return exported
+
+
+class _Parser(VerbParser):
+    verb = "export"
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs ``lightning-moe export`` and says what was written."""
+    parser = verb_parser(_Parser, export_checkpoint, set())
+    exported, options = run_verb(parser, args, export_checkpoint)
+    print(exported)
+    print(f"Written to {options.output}: AutoModelForCausalLM.from_pretrained({options.output!r}) loads it.")
