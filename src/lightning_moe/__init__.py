@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     )
     from lightning_moe.data import TextDataModule
     from lightning_moe.module import MoEModule
+    from lightning_moe.strategies import MoEFSDP2Strategy
 
 _ON_FIRST_USE = {
     "Analysis": "lightning_moe.analysis",
@@ -147,6 +148,7 @@ _ON_FIRST_USE = {
     "RouterScheduleCallback": "lightning_moe.callbacks",
     "MoEUpcycleCallback": "lightning_moe.callbacks",
     "ZeroShotEvalCallback": "lightning_moe.callbacks",
+    "MoEFSDP2Strategy": "lightning_moe.strategies",
     "MoEModule": "lightning_moe.module",
     "TextDataModule": "lightning_moe.data",
 }
@@ -154,6 +156,9 @@ _ON_FIRST_USE = {
 
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
+        if _ON_FIRST_USE[name] != "lightning_moe.analysis":
+            # who uses a part that needs Lightning may name our strategies to its Trainer
+            import_module("lightning_moe.strategies")
         return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -227,6 +232,7 @@ __all__ = [
     "MaxRouterLogit",
     "MaxViolation",
     "MinViolation",
+    "MoEFSDP2Strategy",
     "MoELayer",
     "MoEModule",
     "MoEPlusPlusRouter",

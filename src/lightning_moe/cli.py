@@ -34,6 +34,7 @@ from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
 from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
+from lightning_moe.strategies import MoEFSDP2Strategy
 
 _CLASSES: tuple[type, ...] = (
     UpcycleConfig,
@@ -44,6 +45,7 @@ _CLASSES: tuple[type, ...] = (
     ExpertBiasCallback,
     ExpertUtilizationCallback,
     ZeroShotEvalCallback,
+    MoEFSDP2Strategy,
     *ROUTERS,
     *INITIALIZERS,
     *ROUTER_INITIALIZERS,
