@@ -157,6 +157,21 @@ def test_a_layer_outside_of_any_list_is_a_unit_itself():
     assert units(Plain()) == ["ffn", "first"]
 
 
+class Scaled(nn.Module):
+    """Has a parameter and parts with parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.inner = nn.Linear(8, 8)
+
+
+def test_what_stands_inside_of_a_unit_is_none_itself():
+    module = Plain()
+    module.first = Scaled()
+    assert units(module) == ["ffn", "first"]
+
+
 def test_a_parameter_of_the_module_itself_is_refused():
     module = nn.Module()
     module.scale = nn.Parameter(torch.ones(1))

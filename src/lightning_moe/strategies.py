@@ -97,18 +97,14 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
     for path, layer in module.named_modules():
         if isinstance(layer, RoutedLayer) and not _parents(module, path) & yielded:
             yield from new(layer)
-    outermost = [
-        (path, part)
-        for path, part in module.named_modules()
-        if isinstance(part, PreTrainedModel)
-        and not any(isinstance(module.get_submodule(above), PreTrainedModel) for above in _above(path))
-    ]
-    for _, part in outermost:
-        yield from new(part)
-    covered = {id(part) for part in module.modules() if id(part) in yielded}
+    models = {id(part) for part in module.modules() if isinstance(part, PreTrainedModel)}
+    for path, part in module.named_modules():
+        if id(part) in models and not _parents(module, path) & models:
+            yield from new(part)
     for path, part in module.named_modules():
         has_own = any(True for _ in part.parameters(recurse=False))
-        if part is not module and has_own and not _parents(module, path) & covered:
+        # whatever stands inside of a unit is sharded with it
+        if part is not module and has_own and not _parents(module, path) & yielded:
             yield from new(part)
 
 
