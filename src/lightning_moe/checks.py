@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -29,3 +30,10 @@ def check_whole(**numbers: object) -> None:
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: wanted a whole number, 1 or more.")
+
+
+def check_free(name: str, path: str | Path, way_out: str = "give another name") -> None:
+    """Raises FileExistsError, naming the argument, if a directory that is to be written holds something."""
+    directory = Path(path).expanduser()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{name}={str(path)!r} exists and is not an empty directory. Remove it, or {way_out}.")

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from lightning_moe.analysis import Analysis, analyze, write_report
 from lightning_moe.analysis.texts import Batch, read_texts
 from lightning_moe.analysis.verdict import summary
+from lightning_moe.checks import check_free
 from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.corpus import find_files, load_tokenizer
 from lightning_moe.module import load_model
@@ -64,7 +65,8 @@ def analyze_checkpoints(
         ValueError: if a domain has no name, no file or no text, or is given twice, and for what `analyze` refuses.
     """
     files = _domain_files(data)
-    _check_output(output)
+    # before anything takes time
+    check_free("output", output, "give another name with --output")
     if not model:
         raise ValueError("model: wanted at least one directory, as --model my-moe.")
     last, names = _load(model[-1]).to(device), _names(model)
@@ -141,15 +143,6 @@ def _domain_files(data: Sequence[str]) -> dict[str, list[Path]]:
         if not any(file.stat().st_size for file in found):
             raise ValueError(f"data {name}: {patterns[name]!r} is empty. Give a file with text.")
     return files
-
-
-def _check_output(output: str) -> None:
-    # before anything takes time
-    directory = Path(output).expanduser()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(
-            f"output={output!r} exists and is not an empty directory. Remove it, or give another name with --output."
-        )
 
 
 def _progress(batches: Sequence[Batch], what: str) -> Iterable[Batch]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationCon
 
 from lightning_moe.analysis.texts import read_texts
 from lightning_moe.calibration import looks_at_states
+from lightning_moe.checks import check_free
 from lightning_moe.cli_verb import VerbParser, run_verb, verb_parser
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.corpus import find_files
@@ -116,11 +117,7 @@ def _check_paths(model: str, output: str | None, dry_run: bool) -> None:
     if output is None and not dry_run:
         raise ValueError("output: wanted a directory to write to, as --output my-moe; or --dry_run true.")
     if output is not None:
-        directory = Path(output).expanduser()
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-            raise FileExistsError(
-                f"output={output!r} exists and is not an empty directory. Remove it, or give another name."
-            )
+        check_free("output", output)
 
 
 def _check_wanted(config: UpcycleConfig, files: Sequence[Path]) -> None:

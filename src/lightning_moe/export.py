@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from lightning_moe.__about__ import __version__
 from lightning_moe.calibration import difference, evaluating
+from lightning_moe.checks import check_free
 from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget, Gate, Upcycled, read_gate
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.low_rank import LowRankExperts
@@ -87,8 +88,7 @@ def export_to_hf(
         'MixtralForCausalLM'
     """
     directory = Path(path).expanduser()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(f"path={str(path)!r} exists and is not an empty directory. Remove it, or give another.")
+    check_free("path", path)
     found = _read(model)
     row = _choose(found, target)
     native = _build(model, row, found)
@@ -196,19 +196,15 @@ def _build(model: PreTrainedModel, row: ExportTarget, found: Upcycled) -> PreTra
     ours = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map", "_name_or_path"}
     same = {key: value for key, value in found.config.to_dict().items() if key in known and key not in ours}
     config = transformers.AutoConfig.for_model(row.target, **{**same, **row.settings(found)})
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
-        with no_init_weights():
-            # its weights are never touched: those of the model take their places
-            # and its grouped GEMM, which does not take every width, is not needed to compare
-            native: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    finally:
-        torch.set_default_dtype(default)
+    with no_init_weights():
+        # Its weights are never touched: those of the model take their places. And its grouped GEMM, which does not take
+        # every width, is not needed to compare.
+        native: Any = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, experts_implementation="eager"
+        )
     state = row.state(found, {key: tensor.detach() for key, tensor in model.state_dict().items()})
-    unused = [key for key in state if key == "lm_head.weight" and config.tie_word_embeddings]
-    for key in unused:
-        del state[key]
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
     try:
         result = native.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:

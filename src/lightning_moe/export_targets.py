@@ -226,12 +226,7 @@ _QWEN2_EMPTY_SHARED = 128
 
 
 def _common(found: Upcycled, experts: str) -> dict[str, Any]:
-    return {
-        experts: found.layer.num_experts,
-        "num_experts_per_tok": found.gate.top_k,
-        # so that whoever trains it further balances it, as we did
-        "output_router_logits": False,
-    }
+    return {experts: found.layer.num_experts, "num_experts_per_tok": found.gate.top_k}
 
 
 def _dense_width(found: Upcycled) -> dict[str, Any]:
