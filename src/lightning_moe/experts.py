@@ -7,7 +7,7 @@ The experts of a layer are three-dimensional tensors, never a list of modules: a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,20 @@ class Dispatched:
     order: Int[Tensor, " N"]
     expert_ids: Int[Tensor, " N"]
     offsets: Int[Tensor, " E"]
+
+
+class Exchange(Protocol):
+    """What stands between the tokens of a rank and the experts of a layer, where these live on several ranks."""
+
+    def local(self, weight: Tensor) -> Tensor:
+        """This rank's experts of a stacked weight."""
+
+    def send(self, rows: Dispatched) -> tuple[Dispatched, Callable[[Tensor], Tensor]]:
+        """Brings all ranks' rows to their experts.
+
+        Returns:
+            The rows of this rank's experts, and what brings these experts' outputs back into the order of ``rows``.
+        """
 
 
 def dispatch(x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
@@ -247,6 +261,8 @@ class Experts(nn.Module):
         self.up_bias = up_bias
         self.down_bias = down_bias
         self.inner_dropout = inner_dropout
+        # set by `parallelize_experts`
+        self.exchange: Exchange | None = None
         rows = 2 * expert_size if gated else expert_size
         prefix = "gate_up" if gated else "up"
 
@@ -310,6 +326,8 @@ class Experts(nn.Module):
     def outputs(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "M D"], Dispatched]:
         """Computes each expert's outputs, unweighted, in the order of their experts, and says which rows these are."""
         weights: list[Tensor | None] = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
+        if self.exchange is not None:
+            weights = [None if w is None else self.exchange.local(w) for w in weights]
         if torch.is_autocast_enabled(x.device.type):
             # grouped_mm is no autocast operation: without this it would silently run in float32
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -318,8 +336,16 @@ class Experts(nn.Module):
         assert first is not None
         assert down is not None
         rows = dispatch(x, routing)
+        if self.exchange is None:
+            return self._compute(rows, first, down, first_bias, down_bias), rows
+        here, give_back = self.exchange.send(rows)
+        return give_back(self._compute(here, first, down, first_bias, down_bias)), rows
+
+    def _compute(
+        self, rows: Dispatched, first: Tensor, down: Tensor, first_bias: Tensor | None, down_bias: Tensor | None
+    ) -> Float[Tensor, "N D"]:
         hidden = _linear(rows.x, first, first_bias, rows)  # (N, 2F) or (N, F)
-        return _linear(self.activate(hidden), down, down_bias, rows), rows  # (N, D)
+        return _linear(self.activate(hidden), down, down_bias, rows)  # (N, D)
 
     def _sum(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         biases = [None if b is None else b.unbind(0) for b in (self.first_proj_bias, self.down_proj_bias)]
