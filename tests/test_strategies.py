@@ -1,83 +1,82 @@
-"""Sharded training: two gloo processes train what one does, and go on where they stopped."""
+"""Each strategy: several gloo processes train what one does."""
 
-import pickle
+import shutil
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_fixtures import ForeignModule, run_script, small_config, trainer_of
-from strategy_fixtures import Descending, callback, share
+from lightning_fixtures import ForeignModule, run_script, same_gradients, small_config
+from strategy_fixtures import CLIP, EXPERTS, STEPS, Native, explored, one_process
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_moe import upcycle
-from lightning_moe.strategies import _check_sharded, _units
+from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, upcycle
+from lightning_moe.strategies import STRATEGIES
+from lightning_moe.strategies.fsdp2 import _check_sharded
+from lightning_moe.strategies.units import loose_layers, moe_blocks, moe_modules, sharding_units
 
-TWO_RANKS = """
-import os, pickle, sys
-import torch
-import torch.distributed as dist
-from lightning_fixtures import trainer_of
-from strategy_fixtures import Descending, callback, share
-from torch.distributed.tensor import DTensor
-
-from lightning_moe import MoEFSDP2Strategy
-
-torch.set_num_threads(1)
-folder = sys.argv[1]
-
-
-def fit(strategy, epochs=1, ckpt_path=None, clip=None):
-    trainer = trainer_of(
-        folder, [callback()], strategy=strategy, devices=2, use_distributed_sampler=False, max_epochs=epochs,
-        gradient_clip_val=clip,
-    )
-    module = Descending()
-    trainer.fit(module, share(int(os.environ.get("LOCAL_RANK", 0)), 2), ckpt_path=ckpt_path)
-    return trainer, module
-
-
-def whole(module):
-    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
-    return {name: parameter.full_tensor().detach().clone() for name, parameter in module.named_parameters()}
-
-
-trainer, module = fit("moe_fsdp2")
-losses = [None, None]
-dist.all_gather_object(losses, module.losses)
-local = {name: tuple(parameter.to_local().shape) for name, parameter in module.named_parameters()}
-found = {"losses": losses, "weights": whole(module), "local": local}
-found["clipped"] = whole(fit(MoEFSDP2Strategy(reshard_after_forward=False), clip=0.05)[1])
-found["straight"] = whole(fit("moe_fsdp2", 2)[1])
-for kind, sharded in (("directory", True), ("file", False)):
-    made, _ = fit(MoEFSDP2Strategy(save_distributed_checkpoint=sharded))
-    path = f"{folder}/{kind}.ckpt"
-    made.save_checkpoint(path)
-    dist.barrier()
-    found[kind] = whole(fit(MoEFSDP2Strategy(save_distributed_checkpoint=sharded), 2, path)[1])
-if trainer.is_global_zero:
-    with open(folder + "/result.pkl", "wb") as file:
-        pickle.dump(found, file)
-dist.barrier()
-"""
+TORCH_TWO = """{
+    "moe_ddp": lambda: "moe_ddp",
+    "moe_fsdp": lambda: "moe_fsdp",
+    "moe_fsdp2": lambda: "moe_fsdp2",
+    "expert parallel": lambda: MoEFSDP2Strategy(expert_parallel_size=2),
+}"""
+ZERO_TWO = """{
+    "zero 1": lambda: MoEDeepSpeedStrategy(stage=1, process_group_backend="gloo"),
+    "zero 2": lambda: MoEDeepSpeedStrategy(stage=2, process_group_backend="gloo"),
+    "zero 3": lambda: MoEDeepSpeedStrategy(stage=3, process_group_backend="gloo"),
+}"""
+TORCH_FOUR = """{
+    "expert parallel": lambda: MoEFSDP2Strategy(expert_parallel_size=2),
+    "moe_fsdp2": lambda: MoEFSDP2Strategy(reshard_after_forward=False),
+}"""
+TORCH = ("moe_ddp", "moe_fsdp", "moe_fsdp2", "expert parallel")
+# what depends on the time that passed, and on what the first micro-batch is
+OF_THE_RUN = ("per_second", "selection_change")
+ZERO = ("zero 1", "zero 2", "zero 3")
+# DeepSpeed compiles a part of itself when it is first used on a CPU
+COMPILED = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed on the CPU needs a C++ compiler")
+TWO = [*TORCH, *(pytest.param(name, marks=[pytest.mark.slow, COMPILED]) for name in ZERO)]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two sharded processes found."""
-    folder = tmp_path_factory.mktemp("two")
-    run_script(TWO_RANKS, folder, folder, timeout=240)
-    return pickle.loads((folder / "result.pkl").read_bytes()) | {"path": folder / "file.ckpt"}
+def torch_two(tmp_path_factory):
+    return explored(tmp_path_factory.mktemp("torch"), TORCH_TWO)
 
 
-def one_process(folder, **options):
-    trainer = trainer_of(folder, [callback()], accumulate_grad_batches=2, **options)
-    module = Descending()
-    trainer.fit(module, share())
-    return module
+@pytest.fixture(scope="module")
+def zero_two(tmp_path_factory):
+    return explored(tmp_path_factory.mktemp("zero"), ZERO_TWO, environment={"DS_ACCELERATOR": "cpu"})
 
 
-def weights(module):
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Two groups of two ranks: the experts are spread within a group and sharded over the groups."""
+    return explored(tmp_path_factory.mktemp("four"), TORCH_FOUR, ranks=4)
+
+
+@pytest.fixture
+def two(request):
+    """What the two processes of a strategy found."""
+
+    def found(name):
+        return request.getfixturevalue("torch_two" if name in TORCH else "zero_two")[name]
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds, once for each way to train."""
+    made = {}
+
+    def found(**options):
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = one_process(tmp_path_factory.mktemp("alone"), **options)
+        return made[key]
+
+    return found
 
 
 def close(found, expected, relative=1e-5):
@@ -86,42 +85,132 @@ def close(found, expected, relative=1e-5):
         assert (found[name] - weight).abs().max() <= relative * weight.abs().max(), name
 
 
-def test_two_sharded_processes_train_what_one_does(two, tmp_path):
-    module = one_process(tmp_path)
-    ranks = [loss for pair in zip(*two["losses"], strict=True) for loss in pair]
-    assert ranks == pytest.approx(module.losses, rel=1e-5)
-    close(two["weights"], weights(module))
+def differ(found, other):
+    return any((found[name] - weight).abs().max() > 1e-3 for name, weight in other.items())
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_train_what_one_does(two, alone, name):
+    expected, found = alone(), two(name)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    # of the largest of each: gradients of layers far from the loss are small sums of large terms
+    same_gradients(found["gradients"], expected["gradients"], relative=1e-5)
+    close(found["weights"], expected["weights"])
     start = ForeignModule()
-    upcycle(start, small_config())
-    assert all((two["weights"][name] - weight).abs().max() > 1e-3 for name, weight in weights(start).items())
+    upcycle(start, small_config(num_experts=EXPERTS))
+    assert all((found["weights"][key] - p).abs().max() > 1e-3 for key, p in start.named_parameters())
 
 
-def test_each_process_holds_its_share_of_the_experts(two):
-    experts = [name for name in two["weights"] if name.endswith("gate_up_proj")]
-    assert len(experts) == 2
-    for name in experts:
-        # five experts on two ranks: three and two
-        assert (two["weights"][name].shape[0], two["local"][name][0]) == (5, 3)
+@pytest.mark.parametrize("name", TWO)
+def test_an_expert_may_be_idle_on_one_rank(two, name):
+    loads = two(name)["loads"]
+    assert loads.shape == (2, 2 * STEPS, EXPERTS)
+    idle = loads == 0
+    assert bool((idle[0] & ~idle[1]).any())
+    assert bool((idle[1] & ~idle[0]).any())
 
 
-def test_gradients_are_clipped_by_the_norm_of_all_shards(two, tmp_path):
-    module = one_process(tmp_path, gradient_clip_val=0.05)
-    close(two["clipped"], weights(module))
-    assert any((two["clipped"][name] - weight).abs().max() > 1e-3 for name, weight in two["weights"].items())
+@pytest.mark.parametrize("name", TWO)
+def test_gradients_are_clipped_by_the_norm_of_all_shards(two, alone, name):
+    found = two(name)
+    close(found["clipped"], alone(clip=CLIP)["weights"])
+    assert differ(found["clipped"], found["weights"])
 
 
-@pytest.mark.parametrize("kind", ["directory", "file"])
-def test_it_goes_on_where_it_stopped(two, kind):
-    close(two[kind], two["straight"], relative=1e-6)
-    assert any((two[kind][name] - weight).abs().max() > 1e-3 for name, weight in two["weights"].items())
+@pytest.mark.parametrize("name", TWO)
+def test_accumulated_gradients_are_divided_once_and_biases_move_once(two, alone, name):
+    found, expected = two(name)["accumulated"], alone(accumulate=2, biased=True)["weights"]
+    close(found, expected)
+    biases = [bias for key, bias in found.items() if key.endswith("expert_bias")]
+    # four batches, two steps
+    assert len(biases) == 2
+    assert all(bias.abs().max() == pytest.approx(0.1) for bias in biases)
 
 
-def test_what_two_wrote_one_reads(two):
-    checkpoint = torch.load(two["path"], weights_only=True)
-    assert set(checkpoint["lightning_moe"]["layers"]) == {f"net.inner.model.layers.{n}.mlp" for n in (0, 1)}
-    module = Descending()
-    upcycle(module, small_config())
-    module.load_state_dict(checkpoint["state_dict"])
+@pytest.mark.parametrize("name", TWO)
+def test_statistics_are_those_of_all_ranks(two, alone, name):
+    found, expected = two(name)["logged"], alone()["logged"]
+    assert found.keys() == expected.keys()
+    assert len(found) == STEPS
+    for step, values in expected.items():
+        for key in (key for key in values if not any(part in key for part in OF_THE_RUN)):
+            assert found[step][key] == pytest.approx(values[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_global_batch_losses_count_all_ranks(two, torch_two, name):
+    # DDP's own is compared with one process and the whole batch in tests/test_balancing.py
+    found = two(name)
+    close(found["global"], torch_two["moe_ddp"]["global"])
+    assert differ(found["global"], found["weights"])
+
+
+@pytest.mark.parametrize("name", [name for name in TWO if name != TORCH[-1]])
+def test_models_with_blocks_of_their_own_train_as_on_one_process(two, alone, name):
+    expected = alone(native=True)["weights"]
+    close(two(name)["native"], expected)
+    assert differ(expected, Native().state_dict())
+
+
+def test_expert_parallelism_is_the_same_to_rounding(torch_two, four):
+    for found in (torch_two, four):
+        plain, spread = found["moe_fsdp2"], found["expert parallel"]
+        for part in ("weights", "clipped", "accumulated"):
+            close(spread[part], plain[part], relative=1e-6)
+        same_gradients(spread["gradients"], plain["gradients"], relative=1e-6)
+
+
+def test_four_processes_train_what_one_does(four, alone):
+    for found in four.values():
+        close(found["weights"], alone(ranks=4)["weights"])
+        close(found["clipped"], alone(ranks=4, clip=CLIP)["weights"])
+
+
+def test_each_process_holds_its_share_of_the_experts(torch_two, four):
+    shape = (EXPERTS, 24, 8)
+    for found, halves in (
+        (torch_two["moe_fsdp2"], (3, 24, 8)),
+        (torch_two["expert parallel"], (3, 24, 8)),
+        # six experts over four ranks: two, two and two
+        (four["moe_fsdp2"], (2, 24, 8)),
+        # three experts a rank of the group, of each half the rows in either group
+        (four["expert parallel"], (3, 12, 8)),
+    ):
+        experts = [name for name in found["weights"] if name.endswith("gate_up_proj")]
+        assert len(experts) == 2
+        for name in experts:
+            assert (tuple(found["weights"][name].shape), found["local"][name]) == (shape, halves)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MoEFSDP2Strategy(expert_parallel_size=0), "expert_parallel_size=0: wanted a number of ranks"),
+        (lambda: MoEFSDPStrategy(auto_wrap_policy={nn.Linear}), "what is wrapped is this strategy's to say"),
+        (lambda: MoEFSDPStrategy(use_orig_params=False), "use_orig_params=False would flatten"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        make()
+
+
+def test_ddp_gradients_live_in_the_buckets():
+    assert MoEDDPStrategy()._ddp_kwargs == {"gradient_as_bucket_view": True}
+    assert MoEDDPStrategy(gradient_as_bucket_view=False, static_graph=True)._ddp_kwargs == {
+        "gradient_as_bucket_view": False,
+        "static_graph": True,
+    }
+
+
+def test_a_parameter_of_the_module_itself_is_refused():
+    module = nn.Module()
+    module.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(MisconfigurationException, match=r"scale is a parameter of Module itself.*into a submodule"):
+        _check_sharded(module)
 
 
 # --- what becomes a unit ---
@@ -133,10 +222,19 @@ class WithHead(ForeignModule):
         self.head = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
-def units(module, **changes):
+def upcycled(module, **changes):
     upcycle(module, small_config(**changes))
+    return module
+
+
+def names_of(module, parts):
     names = {id(part): name for name, part in module.named_modules()}
-    return [names[id(unit)] for unit in _units(module)]
+    return [names[id(part)] for part in parts]
+
+
+def units(module, **changes):
+    module = upcycled(module, **changes)
+    return names_of(module, sharding_units(module))
 
 
 def test_units_are_blocks_then_the_model_then_what_is_left():
@@ -144,6 +242,17 @@ def test_units_are_blocks_then_the_model_then_what_is_left():
     assert units(WithHead()) == [*blocks, "net.inner", "head.0", "head.2"]
     # a block that stays dense is a unit as its siblings are
     assert units(WithHead(), layers="1:") == [*blocks, "net.inner", "head.0", "head.2"]
+
+
+def test_blocks_of_the_model_itself_count():
+    config = MixtralConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=17, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    layers = [f"model.layers.{n}" for n in (0, 1)]
+    assert list(moe_modules(model)) == [f"{layer}.mlp" for layer in layers]
+    assert names_of(model, moe_blocks(model)) == layers
 
 
 class Plain(nn.Module):
@@ -155,6 +264,8 @@ class Plain(nn.Module):
 
 def test_a_layer_outside_of_any_list_is_a_unit_itself():
     assert units(Plain()) == ["ffn", "first"]
+    module = upcycled(Plain())
+    assert (moe_blocks(module), names_of(module, loose_layers(module))) == ([], ["ffn"])
 
 
 class Scaled(nn.Module):
@@ -172,18 +283,11 @@ def test_what_stands_inside_of_a_unit_is_none_itself():
     assert units(module) == ["ffn", "first"]
 
 
-def test_a_parameter_of_the_module_itself_is_refused():
-    module = nn.Module()
-    module.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(MisconfigurationException, match=r"scale is a parameter of Module itself.*into a submodule"):
-        _check_sharded(module)
-
-
-def test_the_name_is_known_where_a_callback_is_imported(tmp_path):
+def test_the_names_are_known_where_a_callback_is_imported(tmp_path):
     told = run_script(
         "from lightning.pytorch.strategies import StrategyRegistry\n"
         "from lightning_moe import MoEUpcycleCallback\n"
-        "print(type(StrategyRegistry.get('moe_fsdp2')).__name__)\n",
+        f"print(*(name in StrategyRegistry.available_strategies() for name in {sorted(STRATEGIES)}))\n",
         tmp_path,
     )
-    assert told.stdout.strip() == "MoEFSDP2Strategy"
+    assert told.stdout.split() == ["True"] * len(STRATEGIES)

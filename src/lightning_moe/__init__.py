@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
 from lightning_moe.expansion import expand
+from lightning_moe.expert_parallel import parallelize_experts
 from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.export import Exported, export_to_hf
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights
@@ -135,7 +136,7 @@ if TYPE_CHECKING:
     )
     from lightning_moe.data import TextDataModule
     from lightning_moe.module import MoEModule
-    from lightning_moe.strategies import MoEFSDP2Strategy
+    from lightning_moe.strategies import MoEDDPStrategy, MoEDeepSpeedStrategy, MoEFSDP2Strategy, MoEFSDPStrategy
 
 _ON_FIRST_USE = {
     "Analysis": "lightning_moe.analysis",
@@ -148,7 +149,10 @@ _ON_FIRST_USE = {
     "RouterScheduleCallback": "lightning_moe.callbacks",
     "MoEUpcycleCallback": "lightning_moe.callbacks",
     "ZeroShotEvalCallback": "lightning_moe.callbacks",
+    "MoEDDPStrategy": "lightning_moe.strategies",
+    "MoEDeepSpeedStrategy": "lightning_moe.strategies",
     "MoEFSDP2Strategy": "lightning_moe.strategies",
+    "MoEFSDPStrategy": "lightning_moe.strategies",
     "MoEModule": "lightning_moe.module",
     "TextDataModule": "lightning_moe.data",
 }
@@ -232,7 +236,10 @@ __all__ = [
     "MaxRouterLogit",
     "MaxViolation",
     "MinViolation",
+    "MoEDDPStrategy",
+    "MoEDeepSpeedStrategy",
     "MoEFSDP2Strategy",
+    "MoEFSDPStrategy",
     "MoELayer",
     "MoEModule",
     "MoEPlusPlusRouter",
@@ -299,6 +306,7 @@ __all__ = [
     "load_balancing_loss",
     "load_moe",
     "moe_layers",
+    "parallelize_experts",
     "record_routing",
     "routed_layers",
     "save_moe",

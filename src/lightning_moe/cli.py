@@ -34,7 +34,7 @@ from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
 from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
-from lightning_moe.strategies import MoEFSDP2Strategy
+from lightning_moe.strategies import MoEDDPStrategy, MoEDeepSpeedStrategy, MoEFSDP2Strategy, MoEFSDPStrategy
 
 _CLASSES: tuple[type, ...] = (
     UpcycleConfig,
@@ -45,7 +45,10 @@ _CLASSES: tuple[type, ...] = (
     ExpertBiasCallback,
     ExpertUtilizationCallback,
     ZeroShotEvalCallback,
+    MoEDDPStrategy,
+    MoEFSDPStrategy,
     MoEFSDP2Strategy,
+    MoEDeepSpeedStrategy,
     *ROUTERS,
     *INITIALIZERS,
     *ROUTER_INITIALIZERS,

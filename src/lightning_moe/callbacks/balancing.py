@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import require_routed_layers, set_loss_scale
+from lightning_moe.callbacks.base import require_routed_layers, set_loss_scale, steps_done, steps_now
 from lightning_moe.layer import RoutedLayer, plain_name
 from lightning_moe.losses import BalanceLoss, LoadBalancingLoss
 from lightning_moe.native import NativeMoE, own_losses
@@ -137,7 +137,7 @@ class BalanceLossCallback(Callback):
                 loss.window = window
         for _, loss in self._by_key() if self.schedules else ():
             if schedule := self.schedules.get(loss.name):  # type: ignore[union-attr]
-                loss.coefficient = self._coefficients[id(loss)] * schedule(trainer.global_step)
+                loss.coefficient = self._coefficients[id(loss)] * schedule(steps_done(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the losses the state that a checkpoint holds."""
@@ -152,6 +152,8 @@ class BalanceLossCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Lets the losses adapt, once per optimizer step."""
+        if not steps_now(trainer):
+            return
         for loss in {id(loss): loss for _, loss in self._by_key()}.values():
             loss.step()
 

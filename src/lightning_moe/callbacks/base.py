@@ -203,3 +203,17 @@ def on(state: Any, device: torch.device | str) -> Any:
 def uses_deepspeed(trainer: Any) -> bool:
     """Whether the strategy is DeepSpeed's, whose optimizers hold flattened copies of the parameters."""
     return any("DeepSpeed" in cls.__name__ for cls in type(trainer.strategy).__mro__)
+
+
+def steps_now(trainer: Any) -> bool:
+    """Whether an optimizer step follows the hook ``on_before_optimizer_step``.
+
+    Lightning calls it with every batch where the strategy accumulates gradients itself, as DeepSpeed's does.
+    """
+    return not uses_deepspeed(trainer) or bool(trainer.strategy.deepspeed_engine.is_gradient_accumulation_boundary())
+
+
+def steps_done(trainer: Any) -> int:
+    """Optimizer steps done; ``trainer.global_step`` counts batches where the strategy accumulates itself."""
+    per_step = trainer.accumulate_grad_batches if trainer.strategy.handles_gradient_accumulation else 1
+    return int(trainer.global_step) // int(per_step)

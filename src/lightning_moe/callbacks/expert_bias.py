@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import RoutingCallback, require_routed_layers
+from lightning_moe.callbacks.base import RoutingCallback, require_routed_layers, steps_done, steps_now
 from lightning_moe.checks import check_not_negative
 from lightning_moe.losses.base import sum_over_ranks
 from lightning_moe.native import NativeMoE, attach_native
@@ -82,10 +82,10 @@ class ExpertBiasCallback(RoutingCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tells the routers their load; with several optimizers, those of the forwards since the last step."""
         # every rank has run the same layers, or none: the module's forward is the same code
-        if not self._load:
+        if not self._load or not steps_now(trainer):
             return
         names = [name for name in self._layers if name in self._load]
-        scale = 1.0 if self.schedule is None else self.schedule(trainer.global_step)
+        scale = 1.0 if self.schedule is None else self.schedule(steps_done(trainer))
         loads = torch.cat([self._load[name] for name in names])
         sum_over_ranks(loads)
         for name, load in zip(names, loads.split([len(self._load[name]) for name in names]), strict=True):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_moe.callbacks.base import require_routed_layers, uses_deepspeed
+from lightning_moe.callbacks.base import require_routed_layers, steps_done, uses_deepspeed
 from lightning_moe.layer import RoutedLayer
 from lightning_moe.schedules import AnySchedule
 
@@ -100,13 +100,13 @@ class RouterScheduleCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the numbers for this step."""
         for key, schedule in (self.values or {}).items():
-            value = schedule(trainer.global_step)
+            value = schedule(steps_done(trainer))
             for name, layer in self._layers.items():
                 setattr(layer.router, key, self._fitting(name, layer, key, value))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Takes the gradients of what is frozen."""
-        parts = {freeze.part for freeze in self.freeze if freeze.holds(trainer.global_step)}
+        parts = {freeze.part for freeze in self.freeze if freeze.holds(steps_done(trainer))}
         for part in sorted(parts):
             for parameter in self._parameters(pl_module, part):
                 parameter.grad = None

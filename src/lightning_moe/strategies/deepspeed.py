@@ -1,0 +1,67 @@
+"""DeepSpeed's ZeRO, set up for a Mixture of Experts."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from lightning_moe.strategies.units import moe_modules
+
+
+class MoEDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO: optimizer states (stage 1), gradients (2) and parameters (3) are sharded over the ranks.
+
+    With stage 3 a MoE layer is a leaf: its parameters are gathered together, whichever of its experts a rank's tokens
+    go to. Under accumulation Lightning divides the loss by the number of batches and DeepSpeed does so once more, which
+    makes the gradients that many times too small (Lightning issue 6170); here they are divided once. It runs on the CPU
+    too, to try a configuration out, with ``DS_ACCELERATOR=cpu`` in the environment.
+
+    Args:
+        stage: of ZeRO, 0 to 3.
+        kwargs: of `DeepSpeedStrategy`.
+
+    Raises:
+        MisconfigurationException: if DeepSpeed is not installed.
+    """
+
+    def __init__(self, *, stage: Literal[0, 1, 2, 3] = 2, **kwargs: Any) -> None:
+        # Lightning would ask the loader for it, which not every loader can tell; only DeepSpeed's own timing wants it
+        kwargs.setdefault("logging_batch_size_per_gpu", 1)
+        super().__init__(stage=stage, **kwargs)
+
+    def setup_environment(self) -> None:
+        """Also on the CPU, where Lightning refuses."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            super(DeepSpeedStrategy, self).setup_environment()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Also on the CPU, where Lightning looks for the numbers of GPUs."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        """With a number, which DeepSpeed asks for on the CPU too."""
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        from deepspeed.utils import set_z3_leaf_modules
+
+        layers = {type(layer) for layer in moe_modules(model).values()}
+        if self.zero_stage_3 and layers:
+            set_z3_leaf_modules(model, list(layers))
+        ready: nn.Module = super()._setup_model(model)
+        return ready
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Does not let DeepSpeed divide what Lightning has divided."""
+        result: Tensor = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        return result
