@@ -61,14 +61,14 @@ def share(rank=0, ranks=1, accumulate=1):
     return loader(batches(ranks * steps, padding=True)[rank::ranks])
 
 
-def callback(biased=False, scope="micro_batch", native=False):
+def callback(biased=False, scope="micro_batch", native=False, recompute=False):
     """Two balance losses, with a scope; and maybe a bias that moves with every optimizer step."""
     losses = [LoadBalancingLoss(0.3, scope), ZLoss(0.05)]
     if native:
         return BalanceLossCallback(losses)
     router = {"router": functools.partial(LossFreeRouter, top_k=2, bias_rate=0.05, init_std=0.5)} if biased else {}
     config = dataclasses.replace(small_config(num_experts=EXPERTS), **router)
-    return MoEUpcycleCallback(config, balance_losses=losses)
+    return MoEUpcycleCallback(config, balance_losses=losses, activation_checkpointing=recompute)
 
 
 class FirstGradients(Callback):
@@ -162,6 +162,7 @@ def explore(folder, strategies, ranks=2):
             "local": {name: tuple(p.shape) for name, p in _local(module)},
             "clipped": whole(fit(folder, make(), clip=CLIP, ranks=ranks)[0], folder),
             "accumulated": whole(fit(folder, make(), accumulate=2, biased=True, ranks=ranks)[0], folder),
+            "recomputed": whole(fit(folder, make(), recompute=True, ranks=ranks)[0], folder),
             "native": None if "parallel" in name else whole(fit(folder, make(), native=True, ranks=ranks)[0], folder),
             "global": whole(fit(folder, make(), scope="global_batch", ranks=ranks)[0], folder),
         }

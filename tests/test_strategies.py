@@ -11,9 +11,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, upcycle
+from lightning_moe.blocks import loose_layers, moe_blocks, moe_modules, sharding_units
 from lightning_moe.strategies import STRATEGIES
 from lightning_moe.strategies.fsdp2 import _check_sharded
-from lightning_moe.strategies.units import loose_layers, moe_blocks, moe_modules, sharding_units
 
 TORCH_TWO = """{
     "moe_ddp": lambda: "moe_ddp",
@@ -99,6 +99,12 @@ def test_two_processes_train_what_one_does(two, alone, name):
     start = ForeignModule()
     upcycle(start, small_config(num_experts=EXPERTS))
     assert all((found["weights"][key] - p).abs().max() > 1e-3 for key, p in start.named_parameters())
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_activation_checkpointing_changes_nothing(two, name):
+    found = two(name)
+    close(found["recomputed"], found["weights"], relative=1e-6)
 
 
 @pytest.mark.parametrize("name", TWO)

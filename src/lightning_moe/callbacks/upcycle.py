@@ -23,6 +23,7 @@ from lightning_moe.callbacks.dashboard import write_texts
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.optimizers import dense_sources, repoint
+from lightning_moe.callbacks.recomputing import check_recomputing, checkpoint_activations
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.config import UpcycleConfig, check_config
 from lightning_moe.ffn_search import find_ffns
@@ -56,13 +57,15 @@ class MoEUpcycleCallback(Callback):
         calibration: batches for initialisers that look at hidden states or gradients: inputs of the model, or a number,
             which takes so many batches of the training data. They go to the ``forward`` of what is upcycled: a mapping
             as keyword arguments, of a tuple the first entry.
+        activation_checkpointing: whether each block around a MoE layer, and its siblings, recomputes its activations in
+            the backward instead of keeping them: less memory, for one more forward in each step.
 
     Raises:
         TypeError: if ``calibration`` is neither a number nor a list of batches.
         ValueError: if ``calibration`` is a number below 1, or one where each batch is to be a domain.
         MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
             if there are no training batches to calibrate with, or if another callback has copied the dense module
-            before.
+            before; when training starts, if blocks that are to be recomputed are in evaluation mode.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -77,6 +80,7 @@ class MoEUpcycleCallback(Callback):
         log_utilization: bool = True,
         module: str | None = None,
         calibration: Sequence[Batch] | int | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         check_config(config)
         self.config = config
@@ -94,6 +98,7 @@ class MoEUpcycleCallback(Callback):
         else:
             check_batches("calibration", calibration)
         self.calibration = calibration
+        self.activation_checkpointing = activation_checkpointing
         self.receipt: Receipt | None = None
         self._receipt_written = False
         self._saved_receipt: dict[str, Any] | None = None
@@ -103,6 +108,7 @@ class MoEUpcycleCallback(Callback):
         self._random_state: dict[str, Any] | None = None
         self._unchecked: dict[str, MoELayer] = {}
         self._unfilled = False
+        self._keep_activations: Callable[[], None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -115,9 +121,9 @@ class MoEUpcycleCallback(Callback):
         _check_order(trainer, self)
         self._add_parts(trainer)
         if self._is_lazy(pl_module):
-            _run_after(pl_module, "configure_model", lambda _: self._upcycle(trainer, pl_module))
+            _run_after(pl_module, "configure_model", lambda _: self._prepare(trainer, pl_module))
         else:
-            self._upcycle(trainer, pl_module)
+            self._prepare(trainer, pl_module)
         if stage == "fit":
             _run_after(pl_module, "configure_optimizers", lambda made: repoint(pl_module, made, self._sources))
 
@@ -131,6 +137,8 @@ class MoEUpcycleCallback(Callback):
             assert isinstance(router, Router)
             write_texts(trainer, self.config, router, self.receipt, self.module)
             self._receipt_written = True
+        if self.activation_checkpointing:
+            check_recomputing(pl_module)
         self._unchecked = moe_layers(pl_module)
         for layer in self._unchecked.values():
             # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
@@ -216,6 +224,9 @@ class MoEUpcycleCallback(Callback):
         """Gives the module its own methods back and takes the parts out of the Trainer."""
         for name in ("configure_model", "configure_optimizers"):
             _restore(pl_module, name)
+        if self._keep_activations is not None:
+            self._keep_activations()
+            self._keep_activations = None
         if self._parts:
             self._parts_state = {type(part).__name__: part.state_dict() for part in self._parts}
         for part in self._parts:
@@ -246,6 +257,11 @@ class MoEUpcycleCallback(Callback):
         except (AttributeError, TypeError):
             return True
         return False
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._upcycle(trainer, pl_module)
+        if self.activation_checkpointing and self._keep_activations is None:
+            self._keep_activations = checkpoint_activations(pl_module)
 
     def _upcycle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target: nn.Module = pl_module

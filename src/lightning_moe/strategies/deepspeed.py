@@ -7,7 +7,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lightning_moe.strategies.units import moe_modules
+from lightning_moe.blocks import moe_modules
 
 
 class MoEDeepSpeedStrategy(DeepSpeedStrategy):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from lightning_moe.strategies.units import moe_blocks, moe_modules
+from lightning_moe.blocks import moe_blocks, moe_modules
 
 
 class MoEFSDPStrategy(FSDPStrategy):

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from lightning_moe.blocks import sharding_units
 from lightning_moe.expert_parallel import parallelize_experts
-from lightning_moe.strategies.units import sharding_units
 
 
 class MoEFSDP2Strategy(ModelParallelStrategy):

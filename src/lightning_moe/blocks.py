@@ -1,4 +1,4 @@
-"""Which modules gather their parameters together, where parameters are sharded."""
+"""The blocks of a model around its MoE layers: what is sharded, gathered or recomputed together."""
 
 from collections.abc import Iterator
 
