@@ -84,6 +84,22 @@ def test_z_loss_of_a_uniform_router_is_log_e_squared():
 
 
 @every_loss
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_default_dtype_changes_nothing(row, masked):
+    # precision="bf16-true" sets it in the forward, and not where activation checkpointing repeats that
+    mask = torch.arange(261) % 7 > 0 if masked else None
+    routing = row.prepare(routing_from(torch.randn(261, 4), 2, mask))
+    expected = row(routing)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = row(routing)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert found.equal(expected)
+
+
+@every_loss
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 @pytest.mark.parametrize("num_tokens", [1, 7])
 @pytest.mark.parametrize("masked", [False, True])

@@ -98,6 +98,19 @@ def test_it_recomputes_and_trains_the_same(tmp_path, case):
     assert list(moe_layers(module)) == list(moe_layers(plain))
 
 
+def test_in_half_precision_what_is_repeated_has_the_same_dtypes(tmp_path):
+    # Lightning's default dtype is bfloat16 in the forward, and float32 again in the backward
+    states = []
+    for recomputed in (False, True):
+        callback = MoEUpcycleCallback(small_config(), activation_checkpointing=recomputed)
+        module = ForeignModule()
+        trainer_of(tmp_path, [callback], precision="bf16-true").fit(module, loader(batches(3)))
+        states.append(module.state_dict())
+    for name, value in states[0].items():
+        assert value.dtype == torch.bfloat16
+        assert states[1][name].equal(value), name
+
+
 def test_the_module_is_as_it_was_after_the_fit(tmp_path):
     module, _, _, trainer = trained(tmp_path, *CASES["hugging face"], activation_checkpointing=True)
     assert not module.net.inner.is_gradient_checkpointing

@@ -103,7 +103,7 @@ class RoutedLayer(nn.Module, ABC):
         if injecting and self.loss_scale.device != x.device:
             self.loss_scale = self.loss_scale.to(x.device)
         losses: dict[str, Tensor] = {}
-        total = torch.zeros((), device=x.device)
+        total = torch.zeros((), device=x.device, dtype=torch.float32)
         for name, loss in self.balance_losses.items():
             assert isinstance(loss, BalanceLoss)
             # without gradients only if somebody looks, or if the loss counts: reentrant checkpointing has none at first

@@ -192,7 +192,7 @@ class LowRankExperts(Experts):
     def _all_to_all(self, x: Float[Tensor, "T D"]) -> Routing:
         num_tokens, experts = x.shape[0], torch.arange(self.num_experts, device=x.device)
         tokens = torch.arange(num_tokens, device=x.device).repeat_interleave(self.num_experts)
-        table = torch.zeros(num_tokens, self.num_experts, device=x.device)
+        table = torch.zeros(num_tokens, self.num_experts, device=x.device, dtype=torch.float32)
         weights = torch.ones_like(table).view(-1)
         return Routing(tokens, experts.repeat(num_tokens), weights, table, table, top_k=self.num_experts)
 

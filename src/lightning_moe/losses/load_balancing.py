@@ -72,7 +72,7 @@ def sequence_load_balancing_loss(routing: Routing) -> Float[Tensor, ""]:
     load = load.index_add_(0, routing.token_ids // length * (choices + 1) + ids, routing.counted().to(load.dtype))
     load = load.view(num_sequences, choices + 1)[:, :-1]
     mask = routing.token_mask
-    lengths = torch.full((num_sequences,), float(length), device=load.device)
+    lengths = torch.full((num_sequences,), float(length), device=load.device, dtype=torch.float32)
     if mask is not None:
         lengths = mask.view(num_sequences, length).sum(1).to(load.dtype)
     mean_scores = scores.view(num_sequences, length, choices).sum(1) / lengths.clamp(min=1).unsqueeze(1)
@@ -102,7 +102,7 @@ def _fraction(load: Float[Tensor, "*B balanced"], routing: Routing) -> Float[Ten
 
 def _num_tokens(routing: Routing) -> Float[Tensor, ""]:
     if routing.token_mask is None:
-        return torch.tensor(float(routing.num_tokens), device=routing.logits.device)
+        return torch.tensor(float(routing.num_tokens), device=routing.logits.device, dtype=torch.float32)
     return routing.token_mask.sum().to(torch.float32)
 
 

@@ -46,7 +46,7 @@ class AdaptiveL1Loss(BalanceLoss):
         self.top_k = top_k
         self.rate = rate
         # plain tensors and no buffers: precision plugins would cast them
-        self.multiplier = torch.ones(())
+        self.multiplier = torch.ones((), dtype=torch.float32)
         self._counts = torch.zeros(2, dtype=torch.float64)  # pairs that were on; wanted to be on
 
     def forward(self, routing: Routing) -> Float[Tensor, ""]:

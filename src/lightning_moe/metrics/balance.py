@@ -111,7 +111,7 @@ def load_entropy(load: Float[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
         >>> load_entropy(torch.tensor([2.0, 2.0, 0.0, 0.0]))
         tensor(0.5000)
     """
-    return _entropy(load) / torch.log(torch.tensor(float(max(load.shape[-1], 2)), device=load.device))
+    return _entropy(load) / torch.log(torch.tensor(float(max(load.shape[-1], 2)), device=load.device, dtype=load.dtype))
 
 
 def effective_experts(load: Float[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
