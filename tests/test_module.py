@@ -192,6 +192,16 @@ def test_gradient_checkpointing_recomputes(tmp_path):
         assert checkpointed.state_dict()[name].equal(value), name
 
 
+def test_the_default_optimizer_is_clipped_under_autocast(tmp_path):
+    # it is fused, which Lightning does not clip where a loss scaler might be
+    module = MoEModule(tiny_llama())
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config())], precision="bf16-mixed", gradient_clip_val=0.1)
+    trainer.fit(module, loader(batches(1)))
+    assert trainer.global_step == 1
+    norms = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None])
+    assert norms.norm() == pytest.approx(0.1, rel=1e-4)
+
+
 def test_load_from_checkpoint_of_an_upcycled_run_needs_no_callback(tmp_path, path):
     module = MoEModule(path, optimizer=SGD)
     trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config(router={"top_k": 3}, layers=[1]))])

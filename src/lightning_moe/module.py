@@ -116,6 +116,10 @@ class MoEModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimizer from the parameters that train, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is None:
+            # Fused optimizers can unscale gradients themselves, and Lightning therefore does not clip them under
+            # autocast. Without a loss scaler, as in bfloat16, there is nothing to unscale.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.lr_scheduler is None:
             return optimizer
         return {
