@@ -32,6 +32,7 @@ from lightning_fixtures import (
     two_ranks,
 )
 from test_examples import CONFIGS
+from test_scale import OVERLAYS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -379,6 +380,10 @@ def test_seed_09_every_configuration_in_the_repository_is_stepped_in_ci():
     # every other file of ours that says what to train
     wanted = {name for name, text in texts.items() if re.search(r"^\W*trainer\W*:", text, re.MULTILINE)} - suites
     assert "examples/smollm2.yaml" in wanted
+    # those for many GPUs are stepped by two processes, in tests/test_scale.py
+    scale = {name for name in wanted if name.startswith("examples/scale/")}
+    assert {Path(name).name for name in scale} == {"base.yaml", *OVERLAYS}
+    wanted -= scale
     assert listed(loop[1]) == wanted
     # and on tiny models, in the tests
     assert wanted <= {path.relative_to(ROOT).as_posix() for path in CONFIGS}

@@ -32,23 +32,27 @@ class MoEFSDPStrategy(FSDPStrategy):
     """
 
     def __init__(self, *, state_dict_type: Literal["full", "sharded"] = "full", **kwargs: Any) -> None:
-        if kwargs.get("auto_wrap_policy") is not None:
+        if kwargs.pop("auto_wrap_policy", None) is not None:
             raise MisconfigurationException(
                 "moe_fsdp: what is wrapped is this strategy's to say. For a policy of your own take FSDPStrategy, and "
                 "let it wrap MoELayer and never an expert."
             )
-        if not kwargs.get("use_orig_params", True):
+        if not kwargs.pop("use_orig_params", True):
             raise MisconfigurationException(
                 "moe_fsdp: use_orig_params=False would flatten trained and frozen parameters into one. Leave it out."
             )
-        super().__init__(state_dict_type=state_dict_type, **kwargs)
+        self._units: set[int] = set()
+        self._policy = CustomPolicy(lambda part: id(part) in self._units)
+        super().__init__(state_dict_type=state_dict_type, auto_wrap_policy=self._policy, **kwargs)  # type: ignore[arg-type]
+        # Lightning wants one for HYBRID_SHARD, and warns of one where the model is wrapped already, as ours will be
+        del self.kwargs["auto_wrap_policy"]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if not any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
-            units = {id(part) for part in (*moe_modules(model).values(), *moe_blocks(model))}
+            self._units = {id(part) for part in (*moe_modules(model).values(), *moe_blocks(model))}
             model = FullyShardedDataParallel(
                 model,
-                auto_wrap_policy=CustomPolicy(lambda part: id(part) in units),
+                auto_wrap_policy=self._policy,
                 cpu_offload=self.cpu_offload,
                 mixed_precision=self.mixed_precision_config,
                 sharding_strategy=self.sharding_strategy,
