@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
+from lightning_moe.consolidation import Consolidated, consolidate
 from lightning_moe.expansion import expand
 from lightning_moe.expert_parallel import parallelize_experts
 from lightning_moe.experts import Experts, combine, dispatch
@@ -189,6 +190,7 @@ __all__ = [
     "BranchTrainMixInit",
     "CentroidRouterInit",
     "CoefficientOfVariation",
+    "Consolidated",
     "CopyInit",
     "CosineRouter",
     "CosineSchedule",
@@ -296,6 +298,7 @@ __all__ = [
     "analyze",
     "attach_native",
     "combine",
+    "consolidate",
     "detach_native",
     "dispatch",
     "expand",

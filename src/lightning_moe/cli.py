@@ -2,8 +2,8 @@
 
 ``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program. Its verbs that
 need no Trainer are ``upcycle``, in `lightning_moe.cli_upcycle`, ``analyze``, in `lightning_moe.cli_analyze`,
-``evaluate``, in `lightning_moe.cli_evaluate`, ``export``, in `lightning_moe.cli_export`, and ``tasks``, in
-`lightning_moe.cli_tasks`.
+``evaluate``, in `lightning_moe.cli_evaluate`, ``export``, in `lightning_moe.cli_export`, ``consolidate``, in
+`lightning_moe.cli_consolidate`, and ``tasks``, in `lightning_moe.cli_tasks`.
 """
 
 import re
@@ -23,6 +23,7 @@ from lightning_moe.callbacks import (
     ZeroShotEvalCallback,
 )
 from lightning_moe.cli_analyze import main as analyze_main
+from lightning_moe.cli_consolidate import main as consolidate_main
 from lightning_moe.cli_errors import config_error, exit_if_refused, nearest, wants_traceback
 from lightning_moe.cli_evaluate import main as evaluate_main
 from lightning_moe.cli_export import main as export_main
@@ -62,6 +63,7 @@ _OWN_VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "analyze": analyze_main,
     "evaluate": evaluate_main,
     "export": export_main,
+    "consolidate": consolidate_main,
     "tasks": tasks_main,
 }
 # what the `lightning` command of lightning-sdk does not have, or means the same by
@@ -111,7 +113,7 @@ class MoECLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs ``lightning-moe``: the Trainer's verbs, ``upcycle``, ``analyze``, ``evaluate``, ``export`` and ``tasks``."""
+    """Runs ``lightning-moe``: the Trainer's verbs, or one of its own, such as ``upcycle``."""
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list) and arguments and arguments[0] in _OWN_VERBS:
         _OWN_VERBS[arguments[0]](arguments[1:])

@@ -12,8 +12,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from lightning_moe.checkpoints import RECIPE_KEY
+from lightning_moe.description import describe_models
 from lightning_moe.layer import moe_layers
-from lightning_moe.saving import CONFIG_FILE, apply_recipe, load_moe
+from lightning_moe.saving import CONFIG_FILE, apply_recipe, load_moe, moe_recipe
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -129,8 +131,13 @@ class MoEModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Upcycles a dense model as the checkpoint's was, so that ``load_from_checkpoint`` needs no callback."""
-        if "lightning_moe" in checkpoint and not moe_layers(self):
-            apply_recipe(self, checkpoint["lightning_moe"])
+        if RECIPE_KEY in checkpoint and not moe_layers(self):
+            apply_recipe(self, checkpoint[RECIPE_KEY])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the recipe of the MoE layers, where `MoEUpcycleCallback` has not: of a model that came upcycled."""
+        if RECIPE_KEY not in checkpoint and moe_layers(self):
+            checkpoint[RECIPE_KEY] = moe_recipe(self) | {"models": describe_models(self)}
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
         loss = getattr(self.model(**batch), "loss", None)

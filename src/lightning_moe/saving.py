@@ -6,6 +6,7 @@ checkpoint.
 """
 
 import json
+import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import load_torch_model, save_torch_model
+from huggingface_hub import load_torch_model, save_torch_model, save_torch_state_dict
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from lightning_moe.__about__ import __version__
 from lightning_moe.config import UpcycleConfig
+from lightning_moe.description import describe_model, empty_model
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
@@ -201,21 +202,31 @@ def save_moe(
         >>> bool((loaded[0].router.gate == model[0].router.gate).all())
         True
     """
-    config: dict[str, Any] = {"recipe": moe_recipe(model, family), "model": None}
-    if receipt is not None:
-        config["receipt"] = receipt.to_dict()
-    if isinstance(model, transformers.PreTrainedModel):
-        config["model"] = {
-            "class": type(model).__name__,
-            "config": json.loads(model.config.to_json_string(use_diff=False)),
-            "generation_config": _generation_config(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-    directory = Path(path)
+    described = describe_model(model) if isinstance(model, transformers.PreTrainedModel) else None
+    config = {"recipe": moe_recipe(model, family), "model": described}
+    write_moe(model, Path(path), config | ({} if receipt is None else {"receipt": receipt.to_dict()}))
+
+
+def write_moe(weights: nn.Module | dict[str, Tensor], path: Path, config: dict[str, Any]) -> None:
+    """Writes the files that `save_moe` writes, or, to a path that ends in ``.safetensors``, one and a JSON beside it.
+
+    Args:
+        weights: the upcycled model, or its weights by name.
+        path: the directory, made if it does not exist; or the file.
+        config: ``recipe``, ``model`` and what else the JSON shall hold, in plain Python.
+    """
+    text = json.dumps(config, indent=2) + "\n"
+    is_file = path.suffix == ".safetensors"
+    directory = path.parent if is_file else path
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2)
-    save_torch_model(model, directory, filename_pattern=WEIGHTS_FILES)
-    (directory / CONFIG_FILE).write_text(text + "\n")
+    options: dict[str, Any] = {"filename_pattern": WEIGHTS_FILES}
+    if is_file:
+        options = {"filename_pattern": f"{path.stem}{{suffix}}.safetensors", "max_shard_size": sys.maxsize}
+    if isinstance(weights, nn.Module):
+        save_torch_model(weights, directory, **options)
+    else:
+        save_torch_state_dict(weights, directory, **options)
+    (path.with_suffix(".json") if is_file else path / CONFIG_FILE).write_text(text)
 
 
 def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -244,7 +255,7 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             raise ValueError(
                 f"{path} was saved from a model that is none of transformers'; pass model=<the dense one>."
             )
-        model = _empty_model(config["model"])
+        model = empty_model(config["model"])
     apply_recipe(model, config["recipe"])
     result: Any = load_torch_model(model, Path(path), strict=False, filename_pattern=WEIGHTS_FILES)
     missing = [key for key in result.missing_keys if not _is_tied(model, key, set(result.missing_keys))]
@@ -290,33 +301,6 @@ def _router_class(class_path: str) -> type[Router]:
     if not (isinstance(cls, type) and issubclass(cls, Router)):
         raise ValueError(f"The model was saved with the router {class_path}, which is no Router.")
     return cls
-
-
-def _generation_config(model: transformers.PreTrainedModel) -> dict[str, Any] | None:
-    generation = getattr(model, "generation_config", None)
-    return None if generation is None else json.loads(generation.to_json_string())
-
-
-def _empty_model(saved: dict[str, Any]) -> nn.Module:
-    cls = getattr(transformers, saved["class"], None)
-    if cls is None:
-        raise ValueError(
-            f"The model was saved as transformers.{saved['class']}, which transformers {transformers.__version__} does "
-            "not have. Install the version it was saved with, or pass model=<the dense one>."
-        )
-    default = torch.get_default_dtype()
-    # built in its dtype and not cast to it: a cast would take the float32 buffers of the rotary embedding along
-    torch.set_default_dtype(getattr(torch, saved["dtype"]))
-    try:
-        with no_init_weights():
-            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(saved["config"]))
-    finally:
-        torch.set_default_dtype(default)
-    # skipping the initialisation skips the tying too
-    model.tie_weights()
-    if saved["generation_config"] is not None:
-        model.generation_config = transformers.GenerationConfig.from_dict(saved["generation_config"])
-    return model
 
 
 def _is_tied(model: nn.Module, key: str, missing: set[str]) -> bool:

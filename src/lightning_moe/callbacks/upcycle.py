@@ -25,7 +25,9 @@ from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.optimizers import dense_sources, repoint
 from lightning_moe.callbacks.recomputing import check_recomputing, checkpoint_activations
 from lightning_moe.callbacks.unreached import check_reached
+from lightning_moe.checkpoints import RECIPE_KEY
 from lightning_moe.config import UpcycleConfig, check_config
+from lightning_moe.description import describe_models
 from lightning_moe.ffn_search import find_ffns
 from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.losses import BalanceLoss
@@ -34,8 +36,6 @@ from lightning_moe.receipt import Receipt
 from lightning_moe.routers import Router
 from lightning_moe.saving import moe_recipe, unfilled
 from lightning_moe.upcycle import upcycle
-
-CHECKPOINT_KEY = "lightning_moe"
 
 
 class MoEUpcycleCallback(Callback):
@@ -171,16 +171,20 @@ class MoEUpcycleCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the recipe of the MoE layers, and the receipt, into the checkpoint, as plain Python."""
         # another callback may have written the receipt of another part
-        written = checkpoint.get(CHECKPOINT_KEY, {})
+        written = checkpoint.get(RECIPE_KEY, {})
         receipt = self._saved_receipt if self.receipt is None else self.receipt.to_dict()
         receipts = written.get("receipts", {}) | ({} if receipt is None else {self.module or "": receipt})
-        checkpoint[CHECKPOINT_KEY] = moe_recipe(pl_module, self.config.family) | {"receipts": receipts}
+        models = describe_models(pl_module)
+        checkpoint[RECIPE_KEY] = moe_recipe(pl_module, self.config.family) | {
+            "receipts": receipts,
+            "models": models,
+        }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the receipt of a model that was upcycled in an earlier run."""
         # with strict loading, which is the default, all weights come from it
         self._unfilled = self._unfilled and not pl_module.strict_loading
-        self._saved_receipt = checkpoint.get(CHECKPOINT_KEY, {}).get("receipts", {}).get(self.module or "")
+        self._saved_receipt = checkpoint.get(RECIPE_KEY, {}).get("receipts", {}).get(self.module or "")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that the experts have weights."""

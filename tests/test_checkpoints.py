@@ -1,0 +1,308 @@
+"""A checkpoint becomes one file, opens again, and starts other runs; what is none is refused in one line."""
+
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import LightningModule
+from lightning_fixtures import (
+    ForeignModule,
+    batches,
+    loader,
+    small_config,
+    tiny_llama,
+    trainer_of,
+    word_tokenizer,
+)
+from safetensors import safe_open
+from torch import nn
+
+from lightning_moe import MoEModule, MoEUpcycleCallback, consolidate, export_to_hf, load_moe, save_moe
+from lightning_moe.checkpoints import read_checkpoint, read_outline
+from lightning_moe.cli import main
+
+MODEL = "net.inner."
+KEYS = ("router.gate", "experts.gate_up_proj", "experts.down_proj")
+
+
+class Small(LightningModule):
+    """Without any Hugging Face model."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 8))
+
+    def training_step(self, batch, batch_idx):
+        return self.body(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder, module, path=None, data=None, config=None, **options):
+    """Trains two steps; returns the Trainer, which may write what came of it."""
+    callback = MoEUpcycleCallback(config or small_config(), balance_losses=False, **options)
+    trainer = trainer_of(folder, [callback], max_steps=2)
+    trainer.fit(module, data or loader(batches(2)))
+    if path is not None:
+        trainer.save_checkpoint(path)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A foreign module after two steps, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    module = ForeignModule()
+    fit(folder, module, folder / "moe.ckpt")
+    return module, folder / "moe.ckpt"
+
+
+def shard(file, directory, key):
+    """The same checkpoint as a directory, as FSDP1 (`model`) or FSDP2 (`state_dict`) have it."""
+    checkpoint = torch.load(file, weights_only=True)
+    names = list(checkpoint["state_dict"])
+    state = {key: checkpoint.pop("state_dict")}
+    for number, optimizer in enumerate(checkpoint.pop("optimizer_states")):
+        optimizer["state"] = {names[index]: value for index, value in optimizer["state"].items()}
+        for group in optimizer["param_groups"]:
+            group["params"] = [names[index] for index in group["params"]]
+        state[f"optimizer_{number}"] = optimizer
+    dcp.save(state, checkpoint_id=directory, no_dist=True)
+    torch.save(checkpoint, directory / "meta.pt")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def kinds(trained, tmp_path_factory):
+    """The same checkpoint in all its shapes."""
+    _, file = trained
+    folder = tmp_path_factory.mktemp("kinds")
+    return {
+        "file": file,
+        "fsdp1": shard(file, folder / "fsdp1.ckpt", "model"),
+        "fsdp2": shard(file, folder / "fsdp2.ckpt", "state_dict"),
+    }
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# --- consolidate ---
+
+
+@pytest.mark.parametrize("kind", ["file", "fsdp1", "fsdp2"])
+def test_a_checkpoint_becomes_a_model_that_loads_by_itself(trained, kinds, kind, tmp_path):
+    module, _ = trained
+    told = consolidate(kinds[kind], tmp_path / "moe")
+    assert (told.model, told.global_step) == ("LlamaForCausalLM", 2)
+    assert told.num_parameters == sum(p.numel() for p in module.parameters())
+    loaded = load_moe(tmp_path / "moe")
+    same(loaded.state_dict(), module.net.inner.state_dict())
+    ids = batches(1)[0]["input_ids"]
+    expected = module.net.inner.eval()(input_ids=ids).logits
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    module.train()
+
+
+def test_it_keeps_the_facts_of_the_run(kinds, tmp_path):
+    consolidate(kinds["fsdp2"], tmp_path / "moe")
+    config = json.loads((tmp_path / "moe" / "moe_config.json").read_text())
+    assert config["checkpoint"] == {"epoch": 1, "global_step": 2, "hyper_parameters": {}}
+    assert config["receipt"]["num_experts"] == 5
+    assert set(config["recipe"]["layers"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+
+
+def test_one_file_of_weights_has_its_recipe_beside_it(trained, kinds, tmp_path):
+    module, _ = trained
+    consolidate(kinds["fsdp2"], tmp_path / "moe.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"moe.safetensors", "moe.json"}
+    with safe_open(tmp_path / "moe.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        same({name: file.get_tensor(name) for name in file.keys()}, module.net.inner.state_dict())  # noqa: SIM118
+    assert json.loads((tmp_path / "moe.json").read_text())["model"]["class"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("kind", ["file", "fsdp1", "fsdp2"])
+def test_a_file_to_go_on_from_has_the_optimizer_states(kinds, kind, tmp_path):
+    consolidate(kinds[kind], tmp_path / "one.ckpt")
+    whole, found = (torch.load(path, weights_only=True) for path in (kinds["file"], tmp_path / "one.ckpt"))
+    same(found["state_dict"], whole["state_dict"])
+    assert found.keys() == whole.keys()
+    for states in (whole, found):
+        states["optimizer_states"] = [list(one["state"].values()) for one in states["optimizer_states"]]
+    for ours, theirs in zip(found["optimizer_states"][0], whole["optimizer_states"][0], strict=True):
+        same(ours, theirs)
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    module = MoEModule(tiny_llama(tie_word_embeddings=True))
+    fit(tmp_path, module, tmp_path / "tied.ckpt")
+    told = consolidate(tmp_path / "tied.ckpt", tmp_path / "moe")
+    assert told.num_parameters == sum(p.numel() for p in module.parameters())
+    loaded = load_moe(tmp_path / "moe")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    same(loaded.state_dict(), module.model.state_dict())
+
+
+def test_the_dtype_is_that_of_the_weights(tmp_path):
+    module = ForeignModule().to(torch.bfloat16)
+    fit(tmp_path, module, tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    del checkpoint["lightning_moe"]["models"]
+    torch.save(checkpoint, tmp_path / "half.ckpt")
+    consolidate(tmp_path / "half.ckpt", tmp_path / "moe", model=tiny_llama())
+    assert load_moe(tmp_path / "moe").dtype == torch.bfloat16
+
+
+def test_it_goes_on_to_another_architecture(kinds, tmp_path):
+    consolidate(kinds["fsdp2"], tmp_path / "moe")
+    assert export_to_hf(load_moe(tmp_path / "moe"), tmp_path / "mixtral").target == "mixtral"
+
+
+def test_what_is_no_hugging_face_model_keeps_its_names(tmp_path):
+    module = Small(width=24)
+    fit(tmp_path, module, tmp_path / "small.ckpt", data=loader([torch.randn(3, 8) for _ in range(2)]))
+    told = consolidate(tmp_path / "small.ckpt", tmp_path / "moe")
+    assert told.model is None
+    same(load_moe(tmp_path / "moe", model=Small(width=24)).state_dict(), module.state_dict())
+    config = json.loads((tmp_path / "moe" / "moe_config.json").read_text())
+    assert config["checkpoint"]["hyper_parameters"] == {"width": 24}
+
+
+def test_an_older_checkpoint_wants_the_dense_model(trained, kinds, tmp_path):
+    module, _ = trained
+    checkpoint = torch.load(kinds["file"], weights_only=True)
+    del checkpoint["lightning_moe"]["models"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    consolidate(tmp_path / "old.ckpt", tmp_path / "moe", model=tiny_llama(seed=4))
+    same(load_moe(tmp_path / "moe").state_dict(), module.net.inner.state_dict())
+    with pytest.raises(ValueError, match=r"does not fit LlamaForCausalLM: .*\(37, 8\), not \(37, 16\)"):
+        consolidate(tmp_path / "old.ckpt", tmp_path / "other", model=tiny_llama(hidden_size=16))
+    with pytest.raises(ValueError, match=r"it has no model\.layers\.2\."):
+        consolidate(tmp_path / "old.ckpt", tmp_path / "other", model=tiny_llama(num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module that is net\.inner\.model\.layers\.0\.mlp"):
+        consolidate(tmp_path / "old.ckpt", tmp_path / "other", model=tiny_llama(num_hidden_layers=1))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_came_upcycled_needs_no_callback(tmp_path, trained):
+    save_moe(trained[0].net.inner, tmp_path / "start")
+    module = MoEModule(str(tmp_path / "start"))
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.fit(module, loader(batches(1)))
+    trainer.save_checkpoint(tmp_path / "on.ckpt")
+    consolidate(tmp_path / "on.ckpt", tmp_path / "moe")
+    same(load_moe(tmp_path / "moe").state_dict(), module.model.state_dict())
+
+
+class Object:
+    """Of a class that is not plain Python."""
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no checkpoint", "x.ckpt is no checkpoint: torch.save writes another kind of file"),
+        ([1, 2], "holds a list, where a checkpoint is a dictionary"),
+        ({"optimizer_states": [], "epoch": 3}, "holds no weights, only: epoch, optimizer_states"),
+        ({"state_dict": {}}, "holds no weights, only: nothing"),
+        ({"weight": torch.ones(2)}, "holds tensors only. Wanted what Trainer.save_checkpoint"),
+        ({"state_dict": {"weight": torch.ones(2)}}, "is that of a dense model"),
+        ({"state_dict": {"mlp.experts.down_proj": torch.ones(2)}}, "has experts, but no recipe of them"),
+        ({"state_dict": {}, "hyper_parameters": Object()}, "Object, and loading it could run code"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, content, told):
+    if isinstance(content, bytes):
+        (tmp_path / "x.ckpt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        consolidate(tmp_path / "x.ckpt", tmp_path / "moe")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.ckpt"}
+
+
+def test_a_shard_that_is_missing_or_cut_short_is_told_in_one_line(kinds, tmp_path):
+    shutil.copytree(kinds["fsdp2"], tmp_path / "cut.ckpt")
+    shard = next((tmp_path / "cut.ckpt").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:20000])
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read, it may be cut short: .+"):
+        consolidate(tmp_path / "cut.ckpt", tmp_path / "moe")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read, it may be cut short: .*distcp"):
+        consolidate(tmp_path / "cut.ckpt", tmp_path / "moe")
+
+
+def test_paths_are_checked_first(kinds, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist\. Give a checkpoint"):
+        consolidate(tmp_path / "nowhere", tmp_path / "moe")
+    (tmp_path / "taken.ckpt").write_text("")
+    with pytest.raises(FileExistsError, match=r"taken\.ckpt' exists"):
+        consolidate(kinds["file"], tmp_path / "taken.ckpt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is a directory, but no checkpoint"):
+        consolidate(tmp_path / "empty", tmp_path / "moe")
+
+
+class Wicked:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["metadata", "meta", "file", "shard"])
+def test_no_object_is_unpickled(kinds, where, tmp_path):
+    place = tmp_path / "copy.ckpt"
+    bad = Wicked(tmp_path / "written")
+    if where == "file":
+        torch.save({"state_dict": {"weight": torch.ones(2)}, "bad": bad}, place)
+    elif where == "shard":
+        dcp.save(
+            {"state_dict": {"weight": torch.ones(2)}, "optimizer_0": {"bad": bad}}, checkpoint_id=place, no_dist=True
+        )
+    else:
+        shutil.copytree(kinds["fsdp2"], place)
+        if where == "metadata":
+            (place / ".metadata").write_bytes(pickle.dumps(bad))
+        else:
+            torch.save(bad, place / "meta.pt")
+    with pytest.raises(ValueError, match=r"io\.open|is not what torch"):
+        read_checkpoint(place)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "fsdp1", "fsdp2"])
+def test_an_outline_has_recipe_and_shapes(trained, kinds, kind):
+    recipe, shapes = read_outline(kinds[kind])
+    assert set(recipe["layers"]) == {f"{MODEL}model.layers.{number}.mlp" for number in (0, 1)}
+    assert shapes == {name: value.shape for name, value in trained[0].state_dict().items()}
+
+
+def test_the_verb_writes_what_export_reads(kinds, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    word_tokenizer().save_pretrained(tmp_path / "dense")
+    main(["consolidate", "--checkpoint", str(kinds["fsdp2"]), "--output", str(tmp_path / "moe"), "--tokenizer",
+          str(tmp_path / "dense")])  # fmt: skip
+    assert f"{tmp_path / 'moe'}: LlamaForCausalLM" in capsys.readouterr().out
+    main(["export", "--model", str(tmp_path / "moe"), "--output", str(tmp_path / "mixtral")])
+    assert (tmp_path / "mixtral" / "tokenizer.json").is_file()
+    with pytest.raises(SystemExit, match=r"^error: output='.*moe' exists"):
+        main(["consolidate", "--checkpoint", str(kinds["file"]), "--output", str(tmp_path / "moe")])
