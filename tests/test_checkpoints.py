@@ -4,29 +4,42 @@ import json
 import pickle
 import re
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fixtures import (
     ForeignModule,
+    LazyModule,
     batches,
     loader,
     small_config,
     tiny_llama,
     trainer_of,
     word_tokenizer,
+    write_corpus,
 )
 from safetensors import safe_open
 from torch import nn
 
-from lightning_moe import MoEModule, MoEUpcycleCallback, consolidate, export_to_hf, load_moe, save_moe
+from lightning_moe import (
+    MoEModule,
+    MoEUpcycleCallback,
+    consolidate,
+    export_to_hf,
+    load_from_checkpoint,
+    load_moe,
+    moe_layers,
+    save_moe,
+)
 from lightning_moe.checkpoints import read_checkpoint, read_outline
-from lightning_moe.cli import main
+from lightning_moe.cli import MoECLI, main
 
 MODEL = "net.inner."
-KEYS = ("router.gate", "experts.gate_up_proj", "experts.down_proj")
 
 
 class Small(LightningModule):
@@ -88,6 +101,9 @@ def kinds(trained, tmp_path_factory):
         "fsdp1": shard(file, folder / "fsdp1.ckpt", "model"),
         "fsdp2": shard(file, folder / "fsdp2.ckpt", "state_dict"),
     }
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
 
 
 def same(found, expected):
@@ -306,3 +322,105 @@ def test_the_verb_writes_what_export_reads(kinds, tmp_path, capsys):
     assert (tmp_path / "mixtral" / "tokenizer.json").is_file()
     with pytest.raises(SystemExit, match=r"^error: output='.*moe' exists"):
         main(["consolidate", "--checkpoint", str(kinds["file"]), "--output", str(tmp_path / "moe")])
+
+
+# --- load_from_checkpoint ---
+
+
+class WithHook(ForeignModule):
+    """Has hyper-parameters, and a hook of its own."""
+
+    def __init__(self, lr=1e-2, seed=0, scale=2.0):
+        super().__init__(lr=lr, seed=seed)
+        self.save_hyperparameters()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["seen"] = self.hparams.scale
+
+    def on_load_checkpoint(self, checkpoint):
+        self.seen = (checkpoint["seen"], len(moe_layers(self)))
+
+
+@pytest.mark.parametrize("kind", ["file", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("cls", [ForeignModule, LazyModule], ids=lambda cls: cls.__name__)
+def test_a_foreign_module_is_loaded(trained, kinds, kind, cls):
+    module = load_from_checkpoint(cls, kinds[kind], seed=7)
+    same(module.state_dict(), trained[0].state_dict())
+    assert type(module) is cls
+    assert "on_load_checkpoint" not in vars(cls)
+
+
+def test_hyper_parameters_and_hooks_are_the_users_own(tmp_path):
+    module = WithHook(scale=3.0)
+    fit(tmp_path, module, tmp_path / "moe.ckpt")
+    loaded = load_from_checkpoint(WithHook, tmp_path / "moe.ckpt", lr=0.5)
+    assert (loaded.hparams.scale, loaded.lr, loaded.seen) == (3.0, 0.5, (3.0, 2))
+    same(loaded.state_dict(), module.state_dict())
+    # the class is as it was
+    assert WithHook.on_load_checkpoint.__qualname__ == "WithHook.on_load_checkpoint"
+    assert "on_save_checkpoint" not in vars(module)
+
+
+def test_it_trains_on(trained, tmp_path):
+    module = load_from_checkpoint(ForeignModule, trained[1])
+    fit(tmp_path, module)
+    assert any(not torch.equal(trained[0].state_dict()[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_file_of_weights_only_has_the_recipe_too(tmp_path):
+    module = ForeignModule()
+    checkpoints = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True)
+    trainer = trainer_of(
+        tmp_path, [MoEUpcycleCallback(small_config()), checkpoints], max_steps=2, enable_checkpointing=True
+    )
+    trainer.fit(module, loader(batches(2)))
+    assert "optimizer_states" not in torch.load(tmp_path / "light.ckpt", weights_only=True)
+    same(load_from_checkpoint(ForeignModule, tmp_path / "light.ckpt").state_dict(), module.state_dict())
+    assert consolidate(tmp_path / "light.ckpt", tmp_path / "moe").model == "LlamaForCausalLM"
+
+
+LOADERS = [
+    partial(MoEModule.load_from_checkpoint, model="dense"),
+    partial(load_from_checkpoint, MoEModule),
+    partial(load_from_checkpoint, MoEModule, model="dense"),
+]
+
+
+def run_of_the_command_line(model):
+    """Trains in the working directory; the checkpoint is run.ckpt."""
+    tiny_llama().save_pretrained("dense")
+    word_tokenizer().save_pretrained("dense")
+    write_corpus(Path("corpus.txt"))
+    upcycling = {"config": {"num_experts": 3}, "log_utilization": False}
+    data = {"tokenizer": "dense", "data_files": "corpus.txt", "block_size": 16, "batch_size": 2}
+    callbacks = [
+        {"class_path": "MoEUpcycleCallback", "init_args": upcycling},
+        {"class_path": "ModelCheckpoint", "init_args": {"dirpath": ".", "filename": "run"}},
+    ]
+    trainer = {"max_steps": 2, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    run = {"model": model, "data": {"class_path": "TextDataModule", "init_args": data}}
+    Path("run.yaml").write_text(json.dumps({**run, "trainer": {**trainer, "callbacks": callbacks}}))
+    MoECLI(["fit", "--config", "run.yaml"])
+    return torch.load("run.ckpt", weights_only=True)
+
+
+def test_our_module_is_loaded_after_a_run_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = run_of_the_command_line({"class_path": "MoEModule", "init_args": {"model": "dense"}})
+    for load in LOADERS:
+        same(load("run.ckpt").state_dict(), saved["state_dict"])
+
+
+def test_the_class_that_the_configuration_named_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = run_of_the_command_line({"class_path": "test_checkpoints.WithHook", "init_args": {"scale": 4.0}})
+    assert saved["hyper_parameters"]["_class_path"] == "test_checkpoints.WithHook"
+    module = load_from_checkpoint(ForeignModule, "run.ckpt")
+    assert type(module).__name__ == "WithHook"
+    assert module.seen == (4.0, 2)
+    same(module.state_dict(), saved["state_dict"])
+
+
+def test_another_class_is_refused(trained):
+    with pytest.raises(ValueError, match=r"net\.inner\.model\.layers\.0\.mlp"):
+        load_from_checkpoint(Small, trained[1])

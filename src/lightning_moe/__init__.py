@@ -136,6 +136,7 @@ if TYPE_CHECKING:
         ZeroShotEvalCallback,
     )
     from lightning_moe.data import TextDataModule
+    from lightning_moe.loading import load_from_checkpoint
     from lightning_moe.module import MoEModule
     from lightning_moe.strategies import MoEDDPStrategy, MoEDeepSpeedStrategy, MoEFSDP2Strategy, MoEFSDPStrategy
 
@@ -155,6 +156,7 @@ _ON_FIRST_USE = {
     "MoEFSDP2Strategy": "lightning_moe.strategies",
     "MoEFSDPStrategy": "lightning_moe.strategies",
     "MoEModule": "lightning_moe.module",
+    "load_from_checkpoint": "lightning_moe.loading",
     "TextDataModule": "lightning_moe.data",
 }
 
@@ -307,6 +309,7 @@ __all__ = [
     "find_ffns",
     "limit_capacity",
     "load_balancing_loss",
+    "load_from_checkpoint",
     "load_moe",
     "moe_layers",
     "parallelize_experts",

@@ -109,8 +109,8 @@ def _recipe(path: str | Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         return dict(recipe)
     if any(".experts." in name for name in checkpoint["state_dict"]):
         raise ValueError(
-            f"{path} has experts, but no recipe of them: it was saved with save_weights_only=True, or without "
-            "MoEUpcycleCallback. Load its weights into the upcycled module, and call save_moe(model, directory)."
+            f"{path} has experts, but no recipe of them: it was saved without MoEUpcycleCallback. Load its weights "
+            "into the upcycled module, and call save_moe(model, directory)."
         )
     raise ValueError(f"{path} is that of a dense model: there is no MoE layer in it. Write it with save_pretrained.")
 

@@ -126,6 +126,8 @@ class MoEUpcycleCallback(Callback):
             self._prepare(trainer, pl_module)
         if stage == "fit":
             _run_after(pl_module, "configure_optimizers", lambda made: repoint(pl_module, made, self._sources))
+            # for ModelCheckpoint(save_weights_only=True), which asks no callback
+            _run_after(pl_module, "on_save_checkpoint", lambda _, saved: self._write_recipe(pl_module, saved))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
@@ -170,6 +172,9 @@ class MoEUpcycleCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the recipe of the MoE layers, and the receipt, into the checkpoint, as plain Python."""
+        self._write_recipe(pl_module, checkpoint)
+
+    def _write_recipe(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # another callback may have written the receipt of another part
         written = checkpoint.get(RECIPE_KEY, {})
         receipt = self._saved_receipt if self.receipt is None else self.receipt.to_dict()
@@ -226,7 +231,7 @@ class MoEUpcycleCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the module its own methods back and takes the parts out of the Trainer."""
-        for name in ("configure_model", "configure_optimizers"):
+        for name in ("configure_model", "configure_optimizers", "on_save_checkpoint"):
             _restore(pl_module, name)
         if self._keep_activations is not None:
             self._keep_activations()
@@ -323,14 +328,14 @@ class MoEUpcycleCallback(Callback):
         return training_batches(trainer, batches) if isinstance(batches, int) else batches
 
 
-def _run_after(pl_module: LightningModule, name: str, then: Callable[[Any], None]) -> None:
+def _run_after(pl_module: LightningModule, name: str, then: Callable[..., None]) -> None:
     # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true. A callback for
     # another part of the module may have done the same before.
     original = getattr(pl_module, name)
 
-    def hook() -> Any:
-        made = original()
-        then(made)
+    def hook(*given: Any) -> Any:
+        made = original(*given)
+        then(made, *given)
         return made
 
     hook._lightning_moe_original = pl_module.__dict__.get(name)  # type: ignore[attr-defined]
