@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fixtures import (
+    EagerModule,
     ForeignModule,
     LazyModule,
     batches,
@@ -386,12 +388,12 @@ LOADERS = [
 ]
 
 
-def run_of_the_command_line(model):
+def run_of_the_command_line(model, **options):
     """Trains in the working directory; the checkpoint is run.ckpt."""
     tiny_llama().save_pretrained("dense")
     word_tokenizer().save_pretrained("dense")
     write_corpus(Path("corpus.txt"))
-    upcycling = {"config": {"num_experts": 3}, "log_utilization": False}
+    upcycling = {"config": {"num_experts": 3}, "log_utilization": False, **options}
     data = {"tokenizer": "dense", "data_files": "corpus.txt", "block_size": 16, "batch_size": 2}
     callbacks = [
         {"class_path": "MoEUpcycleCallback", "init_args": upcycling},
@@ -424,3 +426,103 @@ def test_the_class_that_the_configuration_named_is_loaded(tmp_path, monkeypatch)
 def test_another_class_is_refused(trained):
     with pytest.raises(ValueError, match=r"net\.inner\.model\.layers\.0\.mlp"):
         load_from_checkpoint(Small, trained[1])
+
+
+# --- a dense checkpoint as the start ---
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense run's checkpoint, with Adam's states in it, and what the module became."""
+    folder = tmp_path_factory.mktemp("dense")
+    module = ForeignModule()
+    trainer = trainer_of(folder, max_steps=3)
+    trainer.fit(module, loader(batches(3)))
+    trainer.save_checkpoint(folder / "dense.ckpt")
+    return module, folder / "dense.ckpt"
+
+
+class AtStart(Callback):
+    """Keeps the logits before the first step, and the step's number."""
+
+    def on_train_start(self, trainer, pl_module):
+        with torch.no_grad():
+            self.logits = pl_module.net.inner(input_ids=batches(1)[0]["input_ids"]).logits
+        self.seen = (trainer.global_step, trainer.current_epoch, len(trainer.optimizers[0].state))
+
+
+@pytest.mark.parametrize("cls", [ForeignModule, LazyModule, EagerModule], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_dense_checkpoint_starts_an_upcycled_run(dense, cls, sharded, tmp_path):
+    module, path = dense
+    start = AtStart()
+    if sharded:
+        path = shard(path, tmp_path / "dense.ckpt", "state_dict")
+    callback = MoEUpcycleCallback(small_config(), dense_checkpoint=path)
+    trainer = trainer_of(tmp_path, [callback, start], max_steps=2)
+    trainer.fit(cls(seed=9), loader(batches(2)))
+    expected = module.net.inner(input_ids=batches(1)[0]["input_ids"]).logits
+    # five copies whose weights sum to one, in another order of summing
+    torch.testing.assert_close(start.logits, expected, rtol=1e-5, atol=1e-5)
+    assert start.seen == (0, 0, 0)
+    assert trainer.global_step == 2
+
+
+def test_another_dense_module_is_refused_before_anything_is_changed(dense, tmp_path):
+    module = ForeignModule(num_hidden_layers=3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    told = (
+        r"dense_checkpoint='.*dense\.ckpt' does not fit ForeignModule: it has no net\.inner\.model\.layers\.2\.[\w.]+, "
+        r"net\.inner\.model\.layers\.2\.[\w.]+ and 7 more\. Give a checkpoint"
+    )
+    with pytest.raises(MisconfigurationException, match=told):
+        fit(tmp_path, module, dense_checkpoint=dense[1])
+    same(module.state_dict(), before)
+    with pytest.raises(MisconfigurationException, match=r"the module has no net\.inner\.model\.layers\.1\."):
+        fit(tmp_path, ForeignModule(num_hidden_layers=1), dense_checkpoint=dense[1])
+    with pytest.raises(MisconfigurationException, match=r"weight is \(12, 8\), not \(14, 8\)"):
+        fit(tmp_path, ForeignModule(intermediate_size=14), dense_checkpoint=dense[1])
+
+
+def test_what_is_no_dense_checkpoint_is_refused(trained, dense, tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"is of an upcycled model\. Go on with it by .*ckpt_path="):
+        fit(tmp_path, ForeignModule(), dense_checkpoint=trained[1])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        fit(tmp_path, ForeignModule(), dense_checkpoint="nowhere")
+    first, second = (
+        MoEUpcycleCallback(small_config(), module=f"net.inner.model.layers.{number}", dense_checkpoint=path)
+        for number, path in ((0, None), (1, dense[1]))
+    )
+    with pytest.raises(MisconfigurationException, match=r"layers\.0\.mlp is upcycled already\. Give it to the first"):
+        trainer_of(tmp_path, [first, second], max_steps=1).fit(ForeignModule(), loader(batches(1)))
+
+
+def test_a_dense_checkpoint_to_go_on_from_names_the_way_out(dense, tmp_path):
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config())], max_steps=2)
+    with pytest.raises(ValueError, match=r"dense_checkpoint=PATH\) does, in the place of ckpt_path=PATH"):
+        trainer.fit(ForeignModule(), loader(batches(2)), ckpt_path=str(dense[1]))
+
+
+def test_a_run_that_began_with_one_goes_on_with_its_own(dense, tmp_path):
+    """The same callback, and the same configuration file, serve the second start too."""
+    whole, part, resumed = (ForeignModule(seed=seed) for seed in (9, 9, 8))
+    for epochs, module, ckpt_path in ((2, whole, None), (1, part, None), (2, resumed, tmp_path / "1.ckpt")):
+        callback = MoEUpcycleCallback(small_config(), dense_checkpoint=dense[1])
+        trainer = trainer_of(tmp_path, [callback], max_epochs=epochs)
+        trainer.fit(module, loader(batches(2)), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+    same(resumed.state_dict(), whole.state_dict())
+
+
+def test_it_is_given_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("dense")
+    module = MoEModule(tiny_llama(seed=6))
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.fit(module, loader(batches(1)))
+    trainer.save_checkpoint("dense.ckpt")
+    still = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
+    model = {"class_path": "MoEModule", "init_args": {"model": "dense", "optimizer": still}}
+    saved = run_of_the_command_line(model, dense_checkpoint="dense.ckpt")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(saved["state_dict"][f"model.{name}"], module.model.get_parameter(name))

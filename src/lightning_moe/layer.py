@@ -315,7 +315,8 @@ def _explain_mismatch(
     if foreign and not any(key in state_dict for key in known):
         raise ValueError(
             f"{prefix[:-1]}: the checkpoint is that of a dense model (it holds {foreign[0]}), this layer has "
-            f"{module.experts.num_experts} experts. Load a dense checkpoint into the dense model, before upcycling."
+            f"{module.experts.num_experts} experts. Load a dense checkpoint into the dense model, before upcycling: "
+            "MoEUpcycleCallback(..., dense_checkpoint=PATH) does, in the place of ckpt_path=PATH."
         )
     for key, tensor in own.items():
         if key in state_dict and state_dict[key].shape != tensor.shape:

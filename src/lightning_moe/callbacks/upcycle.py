@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +21,7 @@ from lightning_moe.callbacks.base import (
     uses_deepspeed,
 )
 from lightning_moe.callbacks.dashboard import write_texts
+from lightning_moe.callbacks.dense_checkpoint import load_dense
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
 from lightning_moe.callbacks.optimizers import dense_sources, repoint
@@ -59,13 +61,16 @@ class MoEUpcycleCallback(Callback):
             as keyword arguments, of a tuple the first entry.
         activation_checkpointing: whether each block around a MoE layer, and its siblings, recomputes its activations in
             the backward instead of keeping them: less memory, for one more forward in each step.
+        dense_checkpoint: what a run of the same module wrote before it was upcycled, a file or a directory of shards:
+            its weights are loaded right before the upcycling. Optimizers, schedulers and steps begin anew.
 
     Raises:
         TypeError: if ``calibration`` is neither a number nor a list of batches.
         ValueError: if ``calibration`` is a number below 1, or one where each batch is to be a domain.
         MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
-            if there are no training batches to calibrate with, or if another callback has copied the dense module
-            before; when training starts, if blocks that are to be recomputed are in evaluation mode.
+            if there are no training batches to calibrate with, if another callback has copied the dense module before,
+            or if the dense checkpoint does not fit; when training starts, if blocks that are to be recomputed are in
+            evaluation mode.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -81,6 +86,7 @@ class MoEUpcycleCallback(Callback):
         module: str | None = None,
         calibration: Sequence[Batch] | int | None = None,
         activation_checkpointing: bool = False,
+        dense_checkpoint: str | Path | None = None,
     ) -> None:
         check_config(config)
         self.config = config
@@ -99,6 +105,7 @@ class MoEUpcycleCallback(Callback):
             check_batches("calibration", calibration)
         self.calibration = calibration
         self.activation_checkpointing = activation_checkpointing
+        self.dense_checkpoint = dense_checkpoint
         self.receipt: Receipt | None = None
         self._receipt_written = False
         self._saved_receipt: dict[str, Any] | None = None
@@ -287,6 +294,8 @@ class MoEUpcycleCallback(Callback):
                 f"MoEUpcycleCallback: the model has MoE layers already ({len(layers)}) and is left as it is."
             )
             return
+        if self.dense_checkpoint is not None:
+            load_dense(pl_module, self.dense_checkpoint)
         self._sources.update(dense_sources(target, self.config.family, self._prefix()))
         if self._needs_training_batches() and trainer.state.fn != "fit" and not has_training_batches(trainer):
             # a checkpoint may hold all of it; whether there is one is known only when it is loaded
