@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -50,15 +50,14 @@ def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, A
         ...     read_checkpoint(f"{folder}/last.ckpt")["global_step"]
         3
     """
-    place = _existing(path)
-    if place.is_file():
+    place = Path(path).expanduser()
+    kind = kind_of(place)
+    if kind == "file":
         checkpoint = _load(place)
-    elif (place / ".metadata").is_file():
-        checkpoint = _read_shards(place, optimizers)
-    elif any(place.glob(f"*/{_ZERO_FILES}")):
+    elif kind == "zero":
         checkpoint = _read_zero(place)
     else:
-        raise ValueError(f"{path} is a directory, but no checkpoint: it holds neither .metadata nor {_ZERO_FILES}.")
+        checkpoint = _read_shards(place, optimizers)
     _check_weights(path, checkpoint)
     return checkpoint if optimizers else {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
 
@@ -76,13 +75,11 @@ def read_outline(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, tor
         FileNotFoundError: if there is no such path.
         ValueError: if it is no checkpoint.
     """
-    place = _existing(path)
-    if place.is_file():
+    place = Path(path).expanduser()
+    if kind_of(place) == "file":
         checkpoint = _load(place)
         _check_weights(path, checkpoint)
         return checkpoint.get(RECIPE_KEY), {key: value.shape for key, value in checkpoint["state_dict"].items()}
-    if not (place / ".metadata").is_file():
-        raise ValueError(f"{path} is a directory without .metadata: no checkpoint of torch.distributed.checkpoint.")
     metadata = _Reader(place).read_metadata()
     shapes = {
         name.partition(".")[2]: entry.size
@@ -93,11 +90,28 @@ def read_outline(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, tor
     return meta.get(RECIPE_KEY), shapes
 
 
-def _existing(path: str | Path) -> Path:
+def kind_of(path: str | Path) -> Literal["file", "state_dict", "model", "zero"]:
+    """Says what kind of checkpoint stands at a path.
+
+    Returns:
+        ``"file"``; ``"state_dict"`` or ``"model"`` for a directory of FSDP2 or FSDP1, which keep the weights under that
+        name; or ``"zero"`` for one of DeepSpeed.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+        ValueError: if it is a directory that holds none.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         raise FileNotFoundError(f"{path} does not exist. Give a checkpoint: a .ckpt file, or a directory of shards.")
-    return place
+    if place.is_file():
+        return "file"
+    if (place / ".metadata").is_file():
+        names = _Reader(place).read_metadata().state_dict_metadata
+        return "model" if any(name.startswith("model.") for name in names) else "state_dict"
+    if any(place.glob(f"*/{_ZERO_FILES}")):
+        return "zero"
+    raise ValueError(f"{path} is a directory, but no checkpoint: it holds neither .metadata nor {_ZERO_FILES}.")
 
 
 def _load(file: Path) -> dict[str, Any]:

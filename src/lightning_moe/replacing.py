@@ -33,6 +33,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ...     os.listdir(folder)
         ['last.ckpt']
     """
+    if Path(path).parent.name == UNFINISHED:
+        # is a temporary itself
+        yield Path(path)
+        return
     temporary = begin(path)
     try:
         yield temporary

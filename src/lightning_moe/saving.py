@@ -7,6 +7,7 @@ checkpoint.
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning_moe.description import describe_model, empty_model
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
-from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import ROUTERS, Router
@@ -55,6 +56,41 @@ def moe_recipe(model: nn.Module, family: FFNFamily | None = None) -> dict[str, A
         "family": None if family is None else vars(family),
         "layers": {name: _layer_recipe(name, layer) for name, layer in layers.items()},
     }
+
+
+def check_recipe(model: nn.Module, recipe: dict[str, Any] | None, names: Iterable[str]) -> None:
+    """Raises if a checkpoint cannot be loaded into a model because its MoE layers are others, before that is tried.
+
+    Args:
+        model: an upcycled model, sharded or not.
+        recipe: the checkpoint's; None if it has none.
+        names: of the tensors in the checkpoint.
+
+    Raises:
+        ValueError: if the layers, or the number or width of their experts, are not the same.
+    """
+    if not moe_layers(model):
+        return
+    way_out = "Upcycle with the configuration that the checkpoint was trained with."
+    own = {plain_name(name): layer for name, layer in moe_recipe(model)["layers"].items()}
+    if recipe is None:
+        if not any(plain_name(name).startswith(tuple(f"{layer}.experts." for layer in own)) for name in names):
+            raise ValueError(
+                f"{next(iter(own))}: the checkpoint is that of a dense model, this model has MoE layers. Load it "
+                "before upcycling: MoEUpcycleCallback(..., dense_checkpoint=PATH) does, in the place of ckpt_path=PATH."
+            )
+        return
+    layers = {plain_name(name): layer for name, layer in recipe["layers"].items()}
+    for name in [*layers, *own]:
+        if (name in layers) != (name in own):
+            where, other = ("checkpoint", "model") if name in layers else ("model", "checkpoint")
+            raise ValueError(f"{name} is a MoE layer in the {where}, and dense in the {other}. {way_out}")
+    for name, layer in own.items():
+        for key in ("num_experts", "expert_size", "num_shared_experts", "shared_expert_size", "low_rank"):
+            if layers[name].get(key) != layer[key] and not (key not in layers[name] and not layer[key]):
+                raise ValueError(
+                    f"{name}: the checkpoint has {key}={layers[name].get(key)}, this model {layer[key]}. {way_out}"
+                )
 
 
 def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:

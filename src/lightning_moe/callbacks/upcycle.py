@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_moe.atomic import make_atomic
 from lightning_moe.calibration import Batch, check_batches, looks_at_states
 from lightning_moe.callbacks.balancing import BalanceLossCallback
 from lightning_moe.callbacks.base import (
@@ -36,7 +37,7 @@ from lightning_moe.losses import BalanceLoss
 from lightning_moe.randomness import random_state, set_random_state
 from lightning_moe.receipt import Receipt
 from lightning_moe.routers import Router
-from lightning_moe.saving import moe_recipe, unfilled
+from lightning_moe.saving import check_recipe, moe_recipe, unfilled
 from lightning_moe.upcycle import upcycle
 
 
@@ -126,6 +127,7 @@ class MoEUpcycleCallback(Callback):
         """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
         _check_launcher(trainer, pl_module)
         _check_order(trainer, self)
+        make_atomic(trainer)
         self._add_parts(trainer)
         if self._is_lazy(pl_module):
             _run_after(pl_module, "configure_model", lambda _: self._prepare(trainer, pl_module))
@@ -135,6 +137,8 @@ class MoEUpcycleCallback(Callback):
             _run_after(pl_module, "configure_optimizers", lambda made: repoint(pl_module, made, self._sources))
             # for ModelCheckpoint(save_weights_only=True), which asks no callback
             _run_after(pl_module, "on_save_checkpoint", lambda _, saved: self._write_recipe(pl_module, saved))
+        # before the weights are loaded, and after the module's own hook, which may change names
+        _run_after(pl_module, "on_load_checkpoint", lambda _, loaded: _check_loaded(pl_module, loaded))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
@@ -238,7 +242,7 @@ class MoEUpcycleCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the module its own methods back and takes the parts out of the Trainer."""
-        for name in ("configure_model", "configure_optimizers", "on_save_checkpoint"):
+        for name in ("configure_model", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint"):
             _restore(pl_module, name)
         if self._keep_activations is not None:
             self._keep_activations()
@@ -360,6 +364,12 @@ def _restore(pl_module: LightningModule, name: str) -> None:
 
 def _has(trainer: Trainer, kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks_of(trainer))
+
+
+def _check_loaded(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    # sharded strategies have loaded the weights by now, and taken them out
+    if pl_module.strict_loading and "state_dict" in checkpoint:
+        check_recipe(pl_module, checkpoint.get(RECIPE_KEY), checkpoint["state_dict"])
 
 
 def _check_launcher(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,62 @@
+"""Saved with one strategy, gone on with another: for every pair the weights are those of a run without a stop."""
+
+import re
+from itertools import product
+
+import pytest
+import torch
+from checkpoint_fixtures import SINGLE, STRATEGIES, Grouped, run, whole
+from lightning_fixtures import run_script
+
+pytestmark = pytest.mark.slow
+
+ALL = (SINGLE, *STRATEGIES)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The weights after two epochs, by who saved after the first and who went on; and without a stop."""
+    folder = tmp_path_factory.mktemp("pairs")
+    run(folder, save=folder / f"{SINGLE}.ckpt")
+    torch.save({"state_dict": Grouped().state_dict(), "optimizer_states": []}, folder / "dense.ckpt")
+    script = "import sys\nfrom checkpoint_fixtures import all_pairs\nall_pairs(sys.argv[1])\n"
+    run_script(script, folder, folder, timeout=240)
+    found, told = torch.load(folder / "found.pt", weights_only=True)
+    for writer in ALL:
+        found[writer, SINGLE] = whole(run(folder, epochs=2, ckpt_path=folder / f"{writer}.ckpt")[0])
+    return found, whole(run(folder, epochs=2)[0]), folder, told
+
+
+@pytest.mark.parametrize(("writer", "reader"), product(ALL, ALL))
+def test_it_goes_on_where_another_stopped(pairs, writer, reader):
+    found, straight, *_ = pairs
+    assert found[writer, reader].keys() == straight.keys()
+    for name, weight in straight.items():
+        assert (found[writer, reader][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+def test_the_optimizers_state_matters(pairs, tmp_path):
+    _, straight, folder, _ = pairs
+    checkpoint = torch.load(folder / f"{SINGLE}.ckpt", weights_only=True)
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        state["momentum_buffer"].zero_()
+    torch.save(checkpoint, tmp_path / "still.ckpt")
+    module, _ = run(tmp_path, epochs=2, ckpt_path=tmp_path / "still.ckpt")
+    assert any((whole(module)[name] - weight).abs().max() > 1e-3 for name, weight in straight.items())
+
+
+LAYER = r"net\.inner\.model\.layers\.0\.mlp"
+WAY_OUT = r"Upcycle with the configuration that the checkpoint was trained with\.$"
+
+
+@pytest.mark.parametrize("writer", STRATEGIES)
+def test_a_checkpoint_from_another_configuration_is_refused_in_one_line(pairs, writer):
+    told = pairs[3]
+    assert re.match(rf"{LAYER}: the checkpoint has num_experts=5, this model 4\. {WAY_OUT}", told[writer, "experts"])
+    layers = rf"{LAYER} is a MoE layer in the checkpoint, and dense in the model\. {WAY_OUT}"
+    assert re.match(layers, told[writer, "layers"])
+
+
+def test_a_dense_checkpoint_is_refused_in_one_line(pairs):
+    told = r"net\.inner\.model\.layers\.1\.mlp: the checkpoint is that of a dense model, .*dense_checkpoint=PATH.*$"
+    assert re.match(told, pairs[3]["dense"])
