@@ -117,6 +117,7 @@ class MoEUpcycleCallback(Callback):
         self._unchecked: dict[str, MoELayer] = {}
         self._unfilled = False
         self._keep_activations: Callable[[], None] | None = None
+        self._fit_started = False
 
     @property
     def state_key(self) -> str:
@@ -142,6 +143,7 @@ class MoEUpcycleCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
+        self._fit_started = True
         if self._random_state is not None:
             # before the loader of a new epoch draws its order
             set_random_state(self._random_state)
@@ -225,6 +227,9 @@ class MoEUpcycleCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the saved state until the first batch."""
         self._random_state = state_dict.get("random_state")
+        if self._fit_started and self._random_state is not None:
+            # sharded strategies read the checkpoint after on_fit_start
+            set_random_state(self._random_state)
         for part in self._parts:
             if state := state_dict.get("parts", {}).get(type(part).__name__):
                 part.load_state_dict(state)
@@ -253,7 +258,7 @@ class MoEUpcycleCallback(Callback):
             part.teardown(trainer, pl_module, stage)
             if part in callbacks_of(trainer):
                 callbacks_of(trainer).remove(part)
-        self._parts, self._unchecked = [], {}
+        self._parts, self._unchecked, self._fit_started = [], {}, False
 
     def _add_parts(self, trainer: Trainer) -> None:
         # Right behind this callback, so that their setup and every later hook run as if the user had listed them.
