@@ -172,16 +172,40 @@ def explore(folder, strategies, ranks=2):
     dist.barrier()
 
 
+def go_on(folder, strategies):
+    """Two epochs with each strategy, and two with a checkpoint after the first; and what it says to a foreign one."""
+    torch.set_num_threads(1)
+    found = {}
+    trainer, *_ = fit(folder, "moe_ddp")
+    trainer.save_checkpoint(f"{folder}/foreign.ckpt")
+    for name, make in strategies.items():
+        path = f"{folder}/{name}.ckpt"
+        for _ in range(2):
+            # the second time over the first
+            fit(folder, make())[0].save_checkpoint(path)
+        straight = whole(fit(folder, make(), epochs=2)[0], folder)
+        try:
+            fit(folder, make(), ckpt_path=f"{folder}/foreign.ckpt")
+        except ValueError as error:
+            told = str(error)
+        found[name] = {
+            "straight": straight,
+            "resumed": whole(fit(folder, make(), epochs=2, ckpt_path=path)[0], folder),
+            "told": told,
+        }
+    if trainer.is_global_zero:
+        Path(folder, "result.pkl").write_bytes(pickle.dumps(found))
+    dist.barrier()
+
+
 def _local(module):
     for name, parameter in module.named_parameters():
         yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def explored(folder, strategies, ranks=2, environment=None):
-    """Runs `explore` in processes of its own; `strategies` is the text of a dictionary of functions."""
-    text = (
-        "import sys\nfrom lightning_moe import *\nfrom strategy_fixtures import explore\n"
-        f"explore(sys.argv[1], {strategies}, {ranks})\n"
-    )
+def explored(folder, strategies, ranks=2, environment=None, function="explore"):
+    """Runs `explore`, or another, in processes of its own; `strategies` is the text of a dictionary of functions."""
+    text = f"import sys\nfrom lightning_moe import *\nfrom strategy_fixtures import {function}\n"
+    text += f"{function}(sys.argv[1], {strategies}{f', {ranks}' if function == 'explore' else ''})\n"
     run_script(text, folder, folder, timeout=240, environment=environment)
     return pickle.loads(Path(folder, "result.pkl").read_bytes())

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, upcycle
 from lightning_moe.blocks import loose_layers, moe_blocks, moe_modules, sharding_units
+from lightning_moe.checkpoints import read_checkpoint
 from lightning_moe.strategies import STRATEGIES
 from lightning_moe.strategies.fsdp2 import _check_sharded
 
@@ -186,6 +187,44 @@ def test_each_process_holds_its_share_of_the_experts(torch_two, four):
         assert len(experts) == 2
         for name in experts:
             assert (tuple(found["weights"][name].shape), found["local"][name]) == (shape, halves)
+
+
+# --- DeepSpeed's checkpoints; the others' are in tests/test_checkpoint_pairs.py ---
+
+
+@pytest.fixture(scope="module")
+def zero_resumed(tmp_path_factory):
+    """What runs that went on from a checkpoint found, and where they are."""
+    folder = tmp_path_factory.mktemp("resumed")
+    return folder, explored(folder, ZERO_TWO, environment={"DS_ACCELERATOR": "cpu"}, function="go_on")
+
+
+@pytest.mark.slow
+@COMPILED
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_goes_on_where_it_stopped(zero_resumed, two, name):
+    found = zero_resumed[1][name]
+    close(found["resumed"], found["straight"], relative=1e-6)
+    assert differ(found["straight"], two(name)["weights"])
+
+
+@pytest.mark.slow
+@COMPILED
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_becomes_one_file_of_weights(zero_resumed, two, name):
+    folder, _ = zero_resumed
+    checkpoint = read_checkpoint(folder / f"{name}.ckpt")
+    close(checkpoint["state_dict"], two(name)["weights"], relative=1e-6)
+    assert len(checkpoint["lightning_moe"]["layers"]) == 2
+    assert sorted(path.name for path in folder.glob("*.unfinished")) == []
+
+
+@pytest.mark.slow
+@COMPILED
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_refuses_the_checkpoints_of_others_in_one_line(zero_resumed, name):
+    told = zero_resumed[1][name]["told"]
+    assert "foreign.ckpt is none of DeepSpeed's, which takes no optimizer states of others." in told
 
 
 # --- what is refused ---

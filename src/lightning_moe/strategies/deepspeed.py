@@ -7,10 +7,12 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from lightning_moe.atomic import AtomicSave
 from lightning_moe.blocks import moe_modules
+from lightning_moe.checkpoints import kind_of
 
 
-class MoEDeepSpeedStrategy(DeepSpeedStrategy):
+class MoEDeepSpeedStrategy(AtomicSave, DeepSpeedStrategy):
     """DeepSpeed's ZeRO: optimizer states (stage 1), gradients (2) and parameters (3) are sharded over the ranks.
 
     With stage 3 a MoE layer is a leaf: its parameters are gathered together, whichever of its experts a rank's tokens
@@ -26,10 +28,26 @@ class MoEDeepSpeedStrategy(DeepSpeedStrategy):
         MisconfigurationException: if DeepSpeed is not installed.
     """
 
+    reads = ("zero",)
+
     def __init__(self, *, stage: Literal[0, 1, 2, 3] = 2, **kwargs: Any) -> None:
         # Lightning would ask the loader for it, which not every loader can tell; only DeepSpeed's own timing wants it
         kwargs.setdefault("logging_batch_size_per_gpu", 1)
         super().__init__(stage=stage, **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads what DeepSpeed wrote; of other checkpoints it takes no optimizer states.
+
+        Raises:
+            ValueError: if the checkpoint is none of DeepSpeed's, unless ``load_full_weights`` was asked for.
+        """
+        if self.load_full_weights or kind_of(checkpoint_path) == "zero":
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        raise ValueError(
+            f"{checkpoint_path} is none of DeepSpeed's, which takes no optimizer states of others. Go on with the "
+            "strategy that wrote it, or begin a new run with its weights: lightning-moe consolidate --checkpoint "
+            f"{checkpoint_path} --output my-moe, then model: my-moe."
+        )
 
     def setup_environment(self) -> None:
         """Also on the CPU, where Lightning refuses."""

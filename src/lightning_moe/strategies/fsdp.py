@@ -9,10 +9,11 @@ from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.distributed.fsdp.wrap import CustomPolicy
 
+from lightning_moe.atomic import AtomicSave
 from lightning_moe.blocks import moe_blocks, moe_modules
 
 
-class MoEFSDPStrategy(FSDPStrategy):
+class MoEFSDPStrategy(AtomicSave, FSDPStrategy):
     """Fully sharded data parallelism (FSDP1): wrapped at each MoE layer and at each block around one.
 
     An expert is never wrapped: one that no token of a rank goes to would make the ranks wait for each other, or drift.
@@ -30,6 +31,8 @@ class MoEFSDPStrategy(FSDPStrategy):
         >>> MoEFSDPStrategy(sharding_strategy="SHARD_GRAD_OP").sharding_strategy.name
         'SHARD_GRAD_OP'
     """
+
+    reads = ("file", "model")
 
     def __init__(self, *, state_dict_type: Literal["full", "sharded"] = "full", **kwargs: Any) -> None:
         if kwargs.pop("auto_wrap_policy", None) is not None:

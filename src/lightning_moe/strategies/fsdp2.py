@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from lightning_moe.atomic import AtomicSave
 from lightning_moe.blocks import sharding_units
 from lightning_moe.expert_parallel import parallelize_experts
 
 
-class MoEFSDP2Strategy(ModelParallelStrategy):
+class MoEFSDP2Strategy(AtomicSave, ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2) for any LightningModule, without a ``configure_model`` of the user's.
 
     After the upcycling each decoder block that holds a MoE layer, and each of its siblings, becomes a unit that gathers
