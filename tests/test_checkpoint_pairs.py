@@ -8,6 +8,8 @@ import torch
 from checkpoint_fixtures import SINGLE, STRATEGIES, Grouped, run, whole
 from lightning_fixtures import run_script
 
+from lightning_moe import consolidate, load_moe
+
 pytestmark = pytest.mark.slow
 
 ALL = (SINGLE, *STRATEGIES)
@@ -60,3 +62,59 @@ def test_a_checkpoint_from_another_configuration_is_refused_in_one_line(pairs, w
 def test_a_dense_checkpoint_is_refused_in_one_line(pairs):
     told = r"net\.inner\.model\.layers\.1\.mlp: the checkpoint is that of a dense model, .*dense_checkpoint=PATH.*$"
     assert re.match(told, pairs[3]["dense"])
+
+
+# --- DeepSpeed, whose shards become one model ---
+
+ZERO = """
+import os, sys
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+import torch
+from checkpoint_fixtures import Atomic, run
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+
+
+class OnCPU(DeepSpeedStrategy):
+    def setup_environment(self):
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    @property
+    def root_device(self):
+        return torch.device("cpu", self.local_rank)
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+strategy = OnCPU(
+    stage=2, process_group_backend="gloo", zero_allow_untested_optimizer=True, logging_batch_size_per_gpu=1
+)
+run(folder, strategy, save=folder + "/zero.ckpt")
+try:
+    run(folder, Atomic(), epochs=2, ckpt_path=folder + "/zero.ckpt")
+except ValueError as error:
+    if strategy.is_global_zero:
+        open(folder + "/told.txt", "w").write(str(error))
+torch.distributed.barrier()
+"""
+
+
+def test_the_shards_of_zero_become_one_model(pairs, tmp_path):
+    pytest.importorskip("deepspeed")
+    run_script(ZERO, tmp_path, tmp_path, timeout=240)
+    assert consolidate(tmp_path / "zero.ckpt", tmp_path / "moe").global_step == 5
+    expected = torch.load(pairs[2] / f"{SINGLE}.ckpt", weights_only=True)["state_dict"]
+    found = load_moe(tmp_path / "moe").state_dict()
+    assert len(found) == len(expected)
+    for name, weight in found.items():
+        one = expected[f"net.inner.{name}"]
+        assert (weight - one).abs().max() <= 1e-5 * one.abs().max(), name
+    told = (tmp_path / "told.txt").read_text()
+    assert re.match(
+        r".*zero\.ckpt was written by DeepSpeed, whose optimizer states no other strategy reads\. .*$", told
+    )

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightning_moe import (
+    LowRankInit,
     MoEModule,
     MoEUpcycleCallback,
     consolidate,
@@ -263,6 +265,15 @@ def test_a_shard_that_is_missing_or_cut_short_is_told_in_one_line(kinds, tmp_pat
     shard.unlink()
     with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read, it may be cut short: .*distcp"):
         consolidate(tmp_path / "cut.ckpt", tmp_path / "moe")
+
+
+def test_without_deepspeed_its_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "zero.ckpt" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "zero.ckpt" / "checkpoint" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "deepspeed.utils.zero_to_fp32", None)
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.fp16.loss_scaler", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-moe\[deepspeed\]'"):
+        consolidate(tmp_path / "zero.ckpt", tmp_path / "moe")
 
 
 def test_paths_are_checked_first(kinds, tmp_path):
@@ -526,3 +537,40 @@ def test_it_is_given_in_a_configuration(tmp_path, monkeypatch):
     saved = run_of_the_command_line(model, dense_checkpoint="dense.ckpt")
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(saved["state_dict"][f"model.{name}"], module.model.get_parameter(name))
+
+
+# --- another configuration ---
+
+
+OTHER = {
+    "experts": ({"num_experts": 4}, r"mlp: the checkpoint has num_experts=5, this model 4\. Upcycle with"),
+    "width": ({}, r"has expert_size=12, this model 14\. Upcycle with"),
+    "shared": ({"num_shared_experts": 1}, r"has num_shared_experts=0, this model 1\. Upcycle with"),
+    "low rank": ({"init": LowRankInit(rank=2)}, r"has low_rank=None, this model \{'rank': 2, .*\}\. Upcycle with"),
+    "fewer layers": ({"layers": "1:"}, r"layers\.0\.mlp is a MoE layer in the checkpoint, and dense in the model\."),
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+@pytest.mark.parametrize("kind", ["file", "fsdp2"])
+def test_a_checkpoint_from_another_configuration_fails_in_one_line(kinds, kind, other, tmp_path):
+    changes, told = OTHER[other]
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config(**changes))], max_epochs=2)
+    module = ForeignModule(**({"intermediate_size": 14} if other == "width" else {}))
+    with pytest.raises(ValueError, match=told) as caught:
+        trainer.fit(module, loader(batches(2)), ckpt_path=kinds[kind])
+    assert "\n" not in str(caught.value)
+
+
+def test_more_layers_than_the_checkpoint_has(tmp_path):
+    fit(tmp_path, ForeignModule(), tmp_path / "one.ckpt", config=small_config(layers="1:"))
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config())])
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp is a MoE layer in the model, and dense in the checkpoint\."):
+        trainer.validate(ForeignModule(), loader(batches(2)), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_other_settings_of_the_router_are_no_other_configuration(kinds, tmp_path):
+    config = small_config(router={"top_k": 3, "noise_std": 0.1})
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(config)], max_epochs=2)
+    trainer.fit(ForeignModule(), loader(batches(2)), ckpt_path=kinds["fsdp2"])
+    assert trainer.global_step == 4

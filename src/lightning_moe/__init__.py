@@ -126,6 +126,7 @@ from lightning_moe.upcycle import upcycle
 
 if TYPE_CHECKING:
     from lightning_moe.analysis import Analysis, analyze, write_report
+    from lightning_moe.atomic import AtomicCheckpointIO, AtomicSave
     from lightning_moe.callbacks import (
         BalanceLossCallback,
         ExpertBiasCallback,
@@ -144,6 +145,8 @@ _ON_FIRST_USE = {
     "Analysis": "lightning_moe.analysis",
     "analyze": "lightning_moe.analysis",
     "write_report": "lightning_moe.analysis",
+    "AtomicCheckpointIO": "lightning_moe.atomic",
+    "AtomicSave": "lightning_moe.atomic",
     "BalanceLossCallback": "lightning_moe.callbacks",
     "ExpertBiasCallback": "lightning_moe.callbacks",
     "ExpertUtilizationCallback": "lightning_moe.callbacks",
@@ -184,6 +187,8 @@ __all__ = [
     "ActiveExperts",
     "AdaptiveL1Loss",
     "Analysis",
+    "AtomicCheckpointIO",
+    "AtomicSave",
     "AverageViolation",
     "BASERouter",
     "BalanceLoss",

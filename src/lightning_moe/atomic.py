@@ -103,9 +103,15 @@ class AtomicSave:
             return load(path, weights_only)  # type: ignore[no-any-return]
         temporary = Path(self.broadcast(str(begin(f"{path}.one")) if self.is_global_zero else ""))
         try:
+            problem = ""
             if self.is_global_zero:
-                torch.save(self._as_file(path), temporary)
-            self.barrier()
+                try:
+                    torch.save(self._as_file(path), temporary)
+                except ValueError as error:
+                    problem = str(error)
+            # on all ranks, or the others wait
+            if problem := self.broadcast(problem):
+                raise ValueError(problem)
             return load(temporary, weights_only)  # type: ignore[no-any-return]
         finally:
             self.barrier()
