@@ -35,10 +35,14 @@ STRATEGIES = {
 
 
 class Grouped(Descending):
-    """Two groups of parameters, in another order than the module has them."""
+    """Two groups of parameters, in another order than the module has them, and one in none, which does not train."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.inner.model.embed_tokens.weight.requires_grad_(False)
 
     def configure_optimizers(self):
-        named = list(self.named_parameters())
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         groups = [[p for name, p in named if (".mlp." in name) is ffn] for ffn in (True, False)]
         settings = ({"lr": 0.05, "weight_decay": 0.0}, {"lr": 0.1, "weight_decay": 0.1})
         return torch.optim.SGD(

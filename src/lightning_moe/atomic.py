@@ -156,9 +156,10 @@ class AtomicSave:
         found = []
         for state, optimizer in zip(states, self.optimizers, strict=False):
             labels = [label for group in state["param_groups"] for label in group["params"]]
-            own = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            own = [names.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
             # what does not fit is Lightning's to refuse
-            found.append(dict(zip(labels, own if len(own) == len(labels) else labels, strict=True)))
+            fits = len(own) == len(labels) and all(own)
+            found.append(dict(zip(labels, own if fits else labels, strict=True)))
         return found
 
 
