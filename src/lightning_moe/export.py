@@ -14,7 +14,8 @@ from transformers.initialization import no_init_weights
 from lightning_moe.__about__ import __version__
 from lightning_moe.calibration import difference, evaluating
 from lightning_moe.checks import check_free
-from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget, Gate, Upcycled, read_gate
+from lightning_moe.export_gates import Gate, Upcycled, read_gate
+from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.routing import unobserved
