@@ -10,6 +10,7 @@ import torch
 import transformers
 from lightning_fixtures import tiny_llama, word_tokenizer
 from safetensors import safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_moe import (
     CosineRouter,
@@ -81,6 +82,19 @@ ROWS = {
         "Qwen3MoeForCausalLM",
     ),
     "qwen3, bias, in part": ("qwen3", {}, {"router": loss_free, "layers": "1:"}, "Glm4MoeForCausalLM"),
+    # two things that GLM-4-MoE has not: a window on some blocks, and a bias on all projections of the attention
+    "qwen3, bias, window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        {"router": loss_free},
+        "Dots1ForCausalLM",
+    ),
+    "qwen3, bias, attention bias": (
+        "qwen3",
+        {"attention_bias": True, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"router": partial(loss_free, routed_scaling=2.5), "num_shared_experts": 2, "layers": "1:"},
+        "Dots1ForCausalLM",
+    ),
     "olmo2": ("olmo2", {}, {}, "FlexOlmoForCausalLM"),
     "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5}, {}, "GraniteMoeForCausalLM"),
     "granite, shared": ("granite", {}, {"num_shared_experts": 2}, "GraniteMoeSharedForCausalLM"),
@@ -97,6 +111,9 @@ ON_DISK = {
     "qwen3": PER_EXPERT | {"mlp.gate.weight"},
     "olmo2": PER_EXPERT | {"mlp.gate.weight"},
     "llama, sigmoid": PER_EXPERT
+    | {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
+    | {f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "qwen3, bias, window": PER_EXPERT
     | {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
     | {f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
     "granite": {f"block_sparse_moe.{part}.weight" for part in ("input_linear", "output_linear", "router.layer")},
@@ -175,11 +192,8 @@ def test_plain_transformers_loads_the_same_model(exports, name):
 
 
 def test_every_target_has_a_row():
-    classes = {
-        type(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(row.target, **SIZES)))
-        for row in EXPORT_TARGETS
-    }
-    assert {made.__name__ for made in classes} == {row[3] for row in ROWS.values()}
+    classes = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.target] for row in EXPORT_TARGETS}
+    assert classes == {row[3] for row in ROWS.values()}
     assert {source for row in EXPORT_TARGETS for source in row.sources} == {row[0] for row in ROWS.values()}
 
 
@@ -199,6 +213,15 @@ def test_blocks_that_stay_dense_are_dense_there(exports):
     config = json.loads((exports["qwen3, in part"][3] / "config.json").read_text())
     assert config["mlp_only_layers"] == [0, 2]
     assert config["norm_topk_prob"] is True
+
+
+def test_a_target_may_be_named_where_two_hold_the_model(tmp_path):
+    model = trained("qwen3", {}, {"router": loss_free})
+    assert export_to_hf(model, tmp_path / "first").class_name == "Glm4MoeForCausalLM"
+    assert export_to_hf(model, tmp_path / "named", target="dots1").class_name == "Dots1ForCausalLM"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "named")
+    with torch.no_grad():
+        assert (loaded(input_ids=IDS).logits - model(input_ids=IDS).logits).abs().max() <= 1e-4
 
 
 def test_the_card_tells_what_it_is(tmp_path):

@@ -125,7 +125,7 @@ def _granite_settings(found: Upcycled) -> dict[str, Any]:
     return settings
 
 
-def _glm4_settings(found: Upcycled) -> dict[str, Any]:
+def _sigmoid_settings(found: Upcycled) -> dict[str, Any]:
     size = found.layer.experts.expert_size
     return {
         **_common(found, "n_routed_experts"),
@@ -136,10 +136,25 @@ def _glm4_settings(found: Upcycled) -> dict[str, Any]:
         "first_k_dense_replace": len(found.dense),
         "n_group": 1,
         "topk_group": 1,
+    }
+
+
+def _glm4_settings(found: Upcycled) -> dict[str, Any]:
+    return {
+        **_sigmoid_settings(found),
         "num_mtp_layers": 0,
         "use_qk_norm": found.config.model_type == "qwen3",
         "attention_bias": found.config.model_type == "qwen2",
         "rope_parameters": {**found.config.rope_parameters, "partial_rotary_factor": 1.0},
+    }
+
+
+def _dots1_settings(found: Upcycled) -> dict[str, Any]:
+    # without a window its own default would be taken
+    return {
+        **_sigmoid_settings(found),
+        "sliding_window": found.config.sliding_window,
+        "layer_types": list(found.config.layer_types),
     }
 
 
@@ -180,6 +195,10 @@ def _gemma_fits(found: Upcycled) -> Iterable[str]:
 def _glm4_fits(found: Upcycled) -> Iterable[str]:
     yield from _no_bias(found)
     yield from _no_window(found)
+    yield from _shared_fits(found)
+
+
+def _shared_fits(found: Upcycled) -> Iterable[str]:
     if found.shared_size % found.layer.experts.expert_size:
         yield (
             f"its shared experts are as wide as a whole number of routed ones, and {found.shared_size} is no multiple "
@@ -233,6 +252,16 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         unnormalized=True,
         dense_blocks="leading",
         settings=_glm4_settings,
+        block=glm4_moe_block,
+    ),
+    ExportTarget(
+        target="dots1",
+        sources={"qwen3": _shared_fits},
+        routing="sigmoid",
+        shared="may",
+        unnormalized=True,
+        dense_blocks="leading",
+        settings=_dots1_settings,
         block=glm4_moe_block,
     ),
     ExportTarget(
