@@ -14,14 +14,23 @@ from lightning_moe.layer import moe_layers, plain_name
 
 def describe_model(model: transformers.PreTrainedModel) -> dict[str, Any]:
     """Describes a model so that `empty_model` can build one like it; a sharded one as if it were whole."""
-    # fully_shard puts a class of its own in front
-    cls = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    cls, config = dense_form(model)
     return {
         "class": cls.__name__,
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "config": json.loads(config.to_json_string(use_diff=False)),
         "generation_config": _generation_config(model),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def dense_form(model: transformers.PreTrainedModel) -> tuple[type[transformers.PreTrainedModel], Any]:
+    """The class and the configuration of the dense model; a model that AutoModel loaded has others of its own."""
+    config: Any = model.config
+    if hasattr(config, "dense_class"):
+        return config.dense_class, config.dense_config()
+    # fully_shard puts a class of its own in front
+    dense: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    return dense, config
 
 
 def describe_models(module: nn.Module) -> dict[str, dict[str, Any]]:

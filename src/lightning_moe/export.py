@@ -1,8 +1,7 @@
-"""Writes upcycled models as the MoE models of Hugging Face, which load without this package: Mixtral, Qwen3-MoE, ..."""
+"""Writes upcycled models as the MoE models of Hugging Face: Mixtral, Qwen3-MoE, ..., or as they are, for AutoModel."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,24 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from lightning_moe.__about__ import __version__
+from lightning_moe.auto_model import MODEL_TYPE, as_upcycled
 from lightning_moe.calibration import difference, evaluating
 from lightning_moe.checks import check_free
+from lightning_moe.description import dense_form
+from lightning_moe.export_card import Exported, model_card
 from lightning_moe.export_gates import Gate, Upcycled, read_gate
 from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget
+from lightning_moe.ffn import FFNFamily
 from lightning_moe.layer import MoELayer, moe_layers
-from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.routing import unobserved
 
 _PLACE = re.compile(r"model\.layers\.(\d+)\.mlp")
-_OWN_FORMAT = "save_moe(model, path) writes it in a format of our own, which load_moe reads."
+_OWN_FORMAT = (
+    f'target="{MODEL_TYPE}" writes it as it is, for transformers where lightning_moe is installed; save_moe(model, '
+    "path) for load_moe."
+)
 # of the largest logit, or of 1 where that is larger
 _EXACT = 1e-4
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `export_to_hf` wrote.
-
-    Args:
-        target: the ``model_type``.
-        class_name: transformers' class.
-        num_parameters: of the model that was written.
-        measured_difference: the largest difference of a logit between both models, on 32 random tokens.
-    """
-
-    target: str
-    class_name: str
-    num_parameters: int
-    measured_difference: float
-
-    def __str__(self) -> str:
-        """One line."""
-        return (
-            f"{self.class_name}, {self.num_parameters / 1e6:,.1f} M parameters; its logits differ from ours by "
-            f"{self.measured_difference:.1e} at most, on 32 random tokens."
-        )
 
 
 def export_to_hf(
@@ -57,6 +37,7 @@ def export_to_hf(
     target: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: Mapping[str, Any] | None = None,
+    family: FFNFamily | None = None,
 ) -> Exported:
     """Writes an upcycled model as a native Hugging Face MoE model, which loads and is served without this package.
 
@@ -64,12 +45,16 @@ def export_to_hf(
     configuration, the generation configuration, the tokenizer if given, and a model card. Before anything is written
     the logits of both models are compared. Weights are shared with the model, so that little memory is needed.
 
+    With ``target="lightning_moe"`` a model of any class of transformers is written as it is. The auto classes of
+    transformers load it where this package is installed; ``config.json`` names the code.
+
     Args:
-        model: an upcycled causal language model.
+        model: an upcycled causal language model; for ``target="lightning_moe"`` any upcycled model of transformers.
         path: the directory to write, which must be empty or not exist.
         target: the architecture, by its ``model_type`` (see `EXPORT_TARGETS`); None takes the first that holds it.
         tokenizer: written beside the model.
         facts: of the run, for the model card, such as ``{"tokens": "2 billion"}``.
+        family: the family it was upcycled with, if that is none of `FFN_FAMILIES`; for ``target="lightning_moe"``.
 
     Raises:
         TypeError: if this is no causal language model of transformers.
@@ -90,21 +75,25 @@ def export_to_hf(
     """
     directory = Path(path).expanduser()
     check_free("path", path)
-    found = _read(model)
-    row = _choose(found, target)
-    native = _build(model, row, found)
-    apart = _measured(model, native)
+    layers = _layers(model)
+    if target == MODEL_TYPE:
+        made, apart = as_upcycled(model, family), 0.0
+    else:
+        found = _read(model, layers)
+        row = _choose(found, target)
+        target, made = row.target, _build(model, row, found)
+        apart = _measured(model, made)
     directory.mkdir(parents=True, exist_ok=True)
-    native.save_pretrained(directory)
+    made.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    parameters = sum(parameter.numel() for parameter in native.parameters())
-    exported = Exported(row.target, type(native).__name__, parameters, apart)
-    (directory / "README.md").write_text(_card(model, found, exported, facts or {}), encoding="utf-8")
+    parameters = sum(parameter.numel() for parameter in made.parameters())
+    exported = Exported(target, type(made).__name__, parameters, apart)
+    (directory / "README.md").write_text(model_card(model, layers, exported, facts or {}), encoding="utf-8")
     return exported
 
 
-def _read(model: Any) -> Upcycled:
+def _layers(model: Any) -> dict[str, MoELayer]:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: {type(model).__name__} is no model of transformers. Give the model itself, as module.model."
@@ -113,10 +102,19 @@ def _read(model: Any) -> Upcycled:
     name = type(model).__name__
     if not layers:
         raise ValueError(f"{name} has no MoE layer to export; call upcycle(model, config) first.")
+    for place, layer in layers.items():
+        if any(tensor.is_meta for tensor in layer.state_dict().values()):
+            raise ValueError(f"{name}: {place} is on the meta device and has no weights to export.")
+    return layers
+
+
+def _read(model: PreTrainedModel, layers: Mapping[str, MoELayer]) -> Upcycled:
+    dense_class, config = dense_form(model)
+    name = dense_class.__name__
     known = sorted({source for row in EXPORT_TARGETS for source in row.sources})
-    if model.config.model_type not in known:
+    if config.model_type not in known:
         raise ValueError(
-            f"{name}: no MoE architecture of transformers is known to hold an upcycled {model.config.model_type} "
+            f"{name}: no MoE architecture of transformers is known to hold an upcycled {config.model_type} "
             f"exactly; it is known of {', '.join(known)}. {_OWN_FORMAT}"
         )
     if not name.endswith("ForCausalLM"):
@@ -127,14 +125,12 @@ def _read(model: Any) -> Upcycled:
     numbered = {int(match[1]): layers[place] for place, match in places.items() if match is not None}
     gates = {number: _gate_of(name, number, layer) for number, layer in sorted(numbered.items())}
     _check_alike(name, numbered, gates)
-    dense = tuple(number for number in range(model.config.num_hidden_layers) if number not in numbered)
-    return Upcycled(model.config, gates, dict(sorted(numbered.items())), dense)
+    dense = tuple(number for number in range(config.num_hidden_layers) if number not in numbered)
+    return Upcycled(config, gates, dict(sorted(numbered.items())), dense)
 
 
 def _gate_of(name: str, number: int, layer: MoELayer) -> Gate:
     place = f"{name}, block {number}"
-    if any(tensor.is_meta for tensor in layer.state_dict().values()):
-        raise ValueError(f"{place} is on the meta device and has no weights to export.")
     gate = read_gate(layer.router)
     if gate is None:
         raise ValueError(
@@ -180,7 +176,7 @@ def _choose(found: Upcycled, target: str | None) -> ExportTarget:
         named = [row for row in rows if row.target == target]
         if not named:
             raise ValueError(
-                f"target={target!r}: a {source} goes to {' or '.join(row.target for row in rows)}. {_OWN_FORMAT}"
+                f"target={target!r}: a {source} goes to {' or '.join(row.target for row in rows)}, or to {MODEL_TYPE}."
             )
         rows = named
     refused = {row.target: row.refuses(found) for row in rows}
@@ -237,25 +233,3 @@ def _measured(model: PreTrainedModel, native: PreTrainedModel) -> float:
             f"Nothing was written. {_OWN_FORMAT}"
         )
     return apart
-
-
-def _card(model: PreTrainedModel, found: Upcycled, exported: Exported, facts: Mapping[str, Any]) -> str:
-    layer = found.layer
-    low_rank = f" (of rank {layer.experts.rank}, written out)" if isinstance(layer.experts, LowRankExperts) else ""
-    rows: Sequence[tuple[str, Any]] = (
-        ("upcycled from", f"{type(model).__name__}, {found.config.num_hidden_layers} blocks"),
-        ("MoE blocks", len(found.layers)),
-        ("experts", f"{layer.num_experts}{low_rank}, {found.gate.top_k} per token, width {layer.experts.expert_size}"),
-        ("shared experts", found.num_shared),
-        ("router", type(layer.router).__name__),
-        ("parameters", f"{exported.num_parameters:,}"),
-        ("largest difference of a logit to the model it was exported from", f"{exported.measured_difference:.1e}"),
-        *facts.items(),
-    )
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- lightning-moe\n---\n\n"
-        f"# {exported.class_name}, upcycled\n\nThe FFNs of a dense model became Mixture-of-Experts layers, by "
-        f"lightning-moe {__version__}. It loads with plain transformers: `AutoModelForCausalLM.from_pretrained(...)`."
-        f"\n\n| | |\n|---|---|\n{table}\n"
-    )

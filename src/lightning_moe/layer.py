@@ -38,7 +38,8 @@ class RoutedLayer(nn.Module, ABC):
         self.context = TokenContext()
         self.balance_losses = nn.ModuleDict()
         # No buffer: precision plugins would cast it, and 1/3 or a loss scale of 65536 is no half-precision number.
-        self.loss_scale = torch.ones((), dtype=torch.float32)
+        # On the CPU even under torch.device("meta"), where from_pretrained builds: no checkpoint would ever fill it.
+        self.loss_scale = torch.ones((), dtype=torch.float32, device="cpu")
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from lightning_moe.auto_model import is_own_format, load_own_format
 from lightning_moe.checkpoints import RECIPE_KEY
 from lightning_moe.description import describe_models
 from lightning_moe.layer import moe_layers
@@ -30,8 +31,9 @@ class MoEModule(LightningModule):
     ``val_loss/<name>``, the names being the datamodule's ``val_names`` where it has them.
 
     Args:
-        model: name on the Hub or path of a Hugging Face model, path of what `save_moe` wrote, or a model object.
-        auto_class: transformers' class that loads a model by name.
+        model: name on the Hub or path of a Hugging Face model, path of what `save_moe` or `export_to_hf` wrote, or a
+            model object.
+        auto_class: transformers' class that loads a model by name; what we wrote knows its own.
         model_dtype: of the loaded weights: ``"auto"`` as they were saved, or ``"float32"``, ``"bfloat16"``, ...
         optimizer: makes the optimizer from the parameters, once the model is upcycled.
         lr_scheduler: makes the learning-rate scheduler from the optimizer; it steps with every optimizer step.
@@ -168,7 +170,7 @@ class MoEModule(LightningModule):
 
 
 def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -> nn.Module:
-    """Loads a Hugging Face model, or what `save_moe` wrote.
+    """Loads a Hugging Face model, or what `save_moe` or `export_to_hf` wrote.
 
     Args:
         name: name on the Hub, or path.
@@ -185,6 +187,9 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
     if (path / CONFIG_FILE).is_file():
         made = load_moe(path)
         return made if dtype == "auto" else made.to(_dtype(dtype))
+    if is_own_format(path) and not empty:
+        own: nn.Module = load_own_format(path, dtype)
+        return own
     loader = getattr(transformers, auto_class, None)
     if loader is None or not hasattr(loader, "from_config"):
         raise ValueError(
