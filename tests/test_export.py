@@ -59,6 +59,13 @@ ROWS = {
     "llama, granular": ("llama", {}, {"init": GranularInit(granularity=2), "num_experts": 8}, "MixtralForCausalLM"),
     "llama, low rank": ("llama", {}, {"init": LowRankInit(rank=2)}, "MixtralForCausalLM"),
     "llama, shared": ("llama", {}, {"num_shared_experts": 1}, "GraniteMoeSharedForCausalLM"),
+    "llama, in part": ("llama", {}, {"layers": "1::2"}, "Qwen2MoeForCausalLM"),
+    "llama, not normalised, shared, in part": (
+        "llama",
+        {},
+        {"router": partial(TopKRouter, normalize=False), "num_shared_experts": 1, "layers": ":1"},
+        "Qwen2MoeForCausalLM",
+    ),
     "llama, sigmoid": ("llama", {}, {"router": SigmoidRouter}, "Glm4MoeForCausalLM"),
     "llama, bias, shared": (
         "llama",
@@ -224,6 +231,42 @@ def test_a_target_may_be_named_where_two_hold_the_model(tmp_path):
         assert (loaded(input_ids=IDS).logits - model(input_ids=IDS).logits).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "class_name"),
+    [("llama", {}, "Mixtral"), ("gemma", {}, "Mixtral"), ("phi3", {}, "Mixtral"), ("olmo2", {}, "FlexOlmo")],
+)
+def test_dense_blocks_may_become_equal_experts(tmp_path, kind, settings, class_name):
+    model = trained(kind, settings, {"layers": "1::2", "router": partial(TopKRouter, top_k=3)})
+    target = {"Mixtral": "mixtral", "FlexOlmo": "flex_olmo"}[class_name]
+    told = export_to_hf(model, tmp_path / "out", target=target, dense_as_experts=True)
+    assert told.class_name == f"{class_name}ForCausalLM"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    with torch.no_grad():
+        assert (loaded(input_ids=IDS).logits - model(input_ids=IDS).logits).abs().max() <= 1e-4
+    stacked = loaded.model.layers[0].mlp.experts.down_proj
+    assert torch.equal(stacked, model.model.layers[0].mlp.down_proj.weight.expand_as(stacked))
+    assert list(moe_layers(model)) == ["model.layers.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"router": loss_free, "layers": "1:2"}, "where a softmax's weights sum to one"),
+        ({"num_shared_experts": 1, "layers": "1:2"}, "no shared experts"),
+        (
+            {"init": GranularInit(granularity=2), "num_experts": 8, "layers": "1:2"},
+            "block 0 has not the form .* width 12",
+        ),
+    ],
+)
+def test_where_equal_experts_are_not_the_dense_block_it_says_so(tmp_path, made, words):
+    model = dense_model("llama")
+    upcycle(model, UpcycleConfig(**{"num_experts": E, **made}))
+    with pytest.raises(ValueError, match=words):
+        export_to_hf(model, tmp_path / "out", target="mixtral", dense_as_experts=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_tells_what_it_is(tmp_path):
     export_to_hf(trained("llama", {}, {}), tmp_path / "out", facts={"tokens": "2 billion"})
     card = (tmp_path / "out" / "README.md").read_text()
@@ -270,9 +313,12 @@ def test_half_precision_stays_so_bit_for_bit(tmp_path):
     ("case", "words"),
     [
         (("llama", {}, {"router": CosineRouter}), "block 0: no MoE architecture .* routes as CosineRouter"),
-        (("llama", {}, {"layers": "1:"}), "mixtral: none of its blocks can be dense, and here block 0 is"),
+        (
+            ("mistral", {}, {"layers": "1:"}),
+            "mixtral: none of its blocks can be dense, and here block 0 is .*_as_experts",
+        ),
         (("llama", {"attention_bias": True}, {}), "mixtral: attention_bias=True"),
-        (("llama", {}, {"router": partial(TopKRouter, normalize=False)}), "its weights sum to one"),
+        (("mistral", {}, {"router": partial(TopKRouter, normalize=False)}), "its weights sum to one"),
         (("mistral", {}, {"router": SigmoidRouter}), "mixtral: its router has a softmax, this one a sigmoid"),
         (("mistral", {}, {"num_shared_experts": 1}), "mixtral: it has no shared experts"),
         (("qwen3", {}, {"router": loss_free, "layers": "::2"}), "only its first blocks can be dense, .* block 1"),
@@ -308,7 +354,7 @@ def test_other_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"no MoE layer to export; call upcycle"):
         export_to_hf(dense, tmp_path / "out")
     upcycle(dense, UpcycleConfig(num_experts=E))
-    with pytest.raises(ValueError, match="target='qwen3_moe': a llama goes to mixtral or glm4_moe or granitemoeshared"):
+    with pytest.raises(ValueError, match="target='qwen3_moe': a llama goes to mixtral or glm4_moe"):
         export_to_hf(dense, tmp_path / "out", target="qwen3_moe")
     with pytest.raises(ValueError, match="glm4_moe: its router has a sigmoid, this one a softmax"):
         export_to_hf(dense, tmp_path / "out", target="glm4_moe")

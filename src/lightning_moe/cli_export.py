@@ -22,6 +22,7 @@ def export_checkpoint(
     output: str,
     target: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dense_as_experts: bool = False,
 ) -> Exported:
     """Writes an upcycled model as a native Mixture-of-Experts model of Hugging Face.
 
@@ -33,6 +34,8 @@ def export_checkpoint(
         output: the directory to write, which must be empty or not exist.
         target: the architecture, such as mixtral; None takes the first that holds the model exactly.
         dtype: of the weights, "auto" as they were saved.
+        dense_as_experts: whether blocks that are dense still are written as experts that are all alike, for an
+            architecture that has no dense blocks.
 
     Returns:
         What was written.
@@ -53,7 +56,14 @@ def export_checkpoint(
     except (OSError, ValueError):
         tokenizer = None
     loaded: Any = load_model(str(directory), "AutoModelForCausalLM", dtype)
-    exported = export_to_hf(loaded, output, target=target, tokenizer=tokenizer, family=_family(directory))
+    exported = export_to_hf(
+        loaded,
+        output,
+        target=target,
+        tokenizer=tokenizer,
+        family=_family(directory),
+        dense_as_experts=dense_as_experts,
+    )
     if tokenizer is None:
         print(f"note: {model} has no tokenizer that could be copied.", file=sys.stderr)
     return exported

@@ -15,6 +15,7 @@ from lightning_moe.calibration import difference, evaluating
 from lightning_moe.checks import check_free
 from lightning_moe.description import dense_form
 from lightning_moe.export_card import Exported, model_card
+from lightning_moe.export_dense import equal_experts
 from lightning_moe.export_gates import Gate, Upcycled, read_gate
 from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget
 from lightning_moe.ffn import FFNFamily
@@ -38,6 +39,7 @@ def export_to_hf(
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: Mapping[str, Any] | None = None,
     family: FFNFamily | None = None,
+    dense_as_experts: bool = False,
 ) -> Exported:
     """Writes an upcycled model as a native Hugging Face MoE model, which loads and is served without this package.
 
@@ -55,6 +57,9 @@ def export_to_hf(
         tokenizer: written beside the model.
         facts: of the run, for the model card, such as ``{"tokens": "2 billion"}``.
         family: the family it was upcycled with, if that is none of `FFN_FAMILIES`; for ``target="lightning_moe"``.
+        dense_as_experts: whether blocks that are dense still are written as experts that are all alike, for an
+            architecture that has no dense blocks. The model computes the same; each of these blocks takes E times the
+            memory, and K times the time.
 
     Raises:
         TypeError: if this is no causal language model of transformers.
@@ -80,6 +85,8 @@ def export_to_hf(
         made, apart = as_upcycled(model, family), 0.0
     else:
         found = _read(model, layers)
+        if dense_as_experts and found.dense:
+            found = equal_experts(model, found)
         row = _choose(found, target)
         target, made = row.target, _build(model, row, found)
         apart = _measured(model, made)

@@ -66,8 +66,13 @@ class ExportTarget:
             reasons.append("it wants a shared expert")
         leading = found.dense == tuple(range(len(found.dense)))
         if found.dense and (self.dense_blocks == "none" or (self.dense_blocks == "leading" and not leading)):
-            which = "none of its blocks" if self.dense_blocks == "none" else "only its first blocks"
-            reasons.append(f"{which} can be dense, and here block {found.dense[-1]} is")
+            if self.dense_blocks == "none":
+                reasons.append(
+                    f"none of its blocks can be dense, and here block {found.dense[-1]} is "
+                    "(dense_as_experts=True would write equal experts there)"
+                )
+            else:
+                reasons.append(f"only its first blocks can be dense, and here block {found.dense[-1]} is")
         return reasons
 
     def state(self, found: Upcycled, state: Mapping[str, Tensor]) -> State:
@@ -112,7 +117,10 @@ def _qwen_settings(found: Upcycled) -> dict[str, Any]:
 
 def _qwen2_settings(found: Upcycled) -> dict[str, Any]:
     width = found.shared_size or QWEN2_EMPTY_SHARED
-    return _qwen_settings(found) | {"shared_expert_intermediate_size": width, "qkv_bias": True}
+    return _qwen_settings(found) | {
+        "shared_expert_intermediate_size": width,
+        "qkv_bias": found.config.model_type == "qwen2",
+    }
 
 
 def _granite_settings(found: Upcycled) -> dict[str, Any]:
@@ -216,16 +224,6 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         rest={"phi3": split_qkv, "gemma": unfold_gemma},
     ),
     ExportTarget(
-        target="qwen2_moe",
-        sources={"qwen2": _no_window},
-        routing="softmax",
-        shared="may",
-        unnormalized=True,
-        dense_blocks="any",
-        settings=_qwen2_settings,
-        block=qwen2_moe_block,
-    ),
-    ExportTarget(
         target="qwen3_moe",
         sources={"qwen3": _no_window},
         routing="softmax",
@@ -278,5 +276,15 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
         shared="must",
         settings=_granite_settings,
         block=granite_block,
+    ),
+    ExportTarget(
+        target="qwen2_moe",
+        sources={"qwen2": _no_window, "llama": _plain_heads},
+        routing="softmax",
+        shared="may",
+        unnormalized=True,
+        dense_blocks="any",
+        settings=_qwen2_settings,
+        block=qwen2_moe_block,
     ),
 )
