@@ -1,4 +1,4 @@
-"""The main job from end to end: SmolLM2-135M becomes a Mixture of Experts, trains, and is compared with itself.
+"""The main job from end to end: SmolLM2-135M becomes a Mixture of Experts, trains, is compared with itself, and ships.
 
 `make demo` prepares the model and the corpus and runs this.
 """
@@ -6,6 +6,7 @@
 import argparse
 import json
 import resource
+import shutil
 import time
 import warnings
 from functools import partial
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from prepare import CACHE, prepare_corpus, prepare_model
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_moe import (
     MoEModule,
@@ -27,6 +28,7 @@ from lightning_moe import (
     TopKRouter,
     UpcycleConfig,
     ZeroShotEvalCallback,
+    export_to_hf,
     load_moe,
     save_moe,
 )
@@ -131,9 +133,16 @@ def main() -> None:
     saved = CACHE / "smollm2-moe"
     save_moe(module.model.eval(), saved)
     tokenizer.save_pretrained(saved)
-    reloaded = load_moe(saved)
+    reloaded: Any = load_moe(saved)
     same_logits = torch.equal(logits(reloaded, tokenizer), logits(module.model, tokenizer))
     text = greedy(reloaded, tokenizer, PROMPT)
+
+    # a model that whoever serves it loads without this package; its dense blocks become blocks of equal experts
+    native = CACHE / "smollm2-mixtral"
+    shutil.rmtree(native, ignore_errors=True)
+    exported = export_to_hf(reloaded, native, tokenizer=tokenizer, target="mixtral", dense_as_experts=True)
+    del reloaded
+    native_text = greedy(AutoModelForCausalLM.from_pretrained(native), tokenizer, PROMPT)
 
     receipt = upcycling.receipt
     assert receipt is not None
@@ -160,6 +169,11 @@ def main() -> None:
     print(f"  whole demo                      {time.time() - start:.0f} s")
     print(f"  saved and reloaded              {saved}, logits {'equal' if same_logits else 'DIFFERENT'}")
     print(f"  it says                         {text!r}")
+    print(f"  exported                        {native}, {exported.class_name} of {exported.num_parameters / 1e6:.1f} M")
+    print(
+        f"  plain transformers              logits within {exported.measured_difference:.1e}, greedy text "
+        f"{'equal' if native_text == text else 'DIFFERENT'}"
+    )
     print(f"  logs                            tensorboard --logdir {Path(logger.save_dir)}")
 
 

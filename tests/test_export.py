@@ -227,6 +227,8 @@ def test_a_target_may_be_named_where_two_hold_the_model(tmp_path):
     assert export_to_hf(model, tmp_path / "first").class_name == "Glm4MoeForCausalLM"
     assert export_to_hf(model, tmp_path / "named", target="dots1").class_name == "Dots1ForCausalLM"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "named")
+    # of all its settings the one that llama.cpp knows the sigmoid by
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["scoring_func"] == "sigmoid"
     with torch.no_grad():
         assert (loaded(input_ids=IDS).logits - model(input_ids=IDS).logits).abs().max() <= 1e-4
 

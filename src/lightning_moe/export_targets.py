@@ -158,11 +158,12 @@ def _glm4_settings(found: Upcycled) -> dict[str, Any]:
 
 
 def _dots1_settings(found: Upcycled) -> dict[str, Any]:
-    # without a window its own default would be taken
+    # without a window its own default would be taken; the last is what llama.cpp goes by, and no other reads
     return {
         **_sigmoid_settings(found),
         "sliding_window": found.config.sliding_window,
         "layer_types": list(found.config.layer_types),
+        "scoring_func": "sigmoid",
     }
 
 
