@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_moe.calibration import Batch, as_labels, check_batches, difference, evaluating, outputs
 from lightning_moe.checks import check_choice, check_not_negative, check_whole
 from lightning_moe.experts import Experts
+from lightning_moe.four_bit import Weight4bit
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.planning import layer_seed
@@ -166,6 +167,8 @@ def _problem(layer: MoELayer, method: str) -> str | None:
     before, own = layer.experts.num_experts, dict(layer.experts.named_parameters(recurse=False))
     if any(tensor.is_meta for tensor in layer.parameters()):
         return "its weights are on the meta device. Load them before expanding."
+    if any(isinstance(weight, Weight4bit) for weight in layer.experts.projections.values()):
+        return "its experts are in 4 bit. Expand first and quantise after that."
     if before == 1 and type(layer.experts) is not Experts:
         return f"of a single {type(layer.experts).__name__}, what is shared cannot be told from what is its own."
     if odd := {key: tuple(p.shape) for key, p in own.items() if p.shape[0] not in (1, before)}:

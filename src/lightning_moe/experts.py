@@ -5,8 +5,9 @@ The experts of a layer are three-dimensional tensors, never a list of modules: a
 `Experts.loop`, the slow, obvious one, which is the reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_moe.four_bit import Weight4bit, linear, weight_of
 from lightning_moe.routing import Routing
 
 
@@ -197,7 +199,10 @@ def _loop_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor
     return torch.cat([F.linear(*parts) for parts in zip(x.split(sizes), weight.unbind(0), biases, strict=True)])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Dispatched) -> Tensor:
+def _linear(x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None, rows: Dispatched) -> Tensor:
+    if isinstance(weight, Weight4bit):
+        y = weight.multiply(x, partial(grouped_linear, offsets=rows.offsets))
+        return y if bias is None else y + bias.index_select(0, rows.expert_ids)
     if bias is None:
         return grouped_linear(x, weight, rows.offsets)
     # A dense layer adds its bias before it rounds to half precision. Torch's grouped kernel takes no bias, and on the
@@ -206,6 +211,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Dispatched) ->
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled("cpu"):
         return _loop_linear(x, weight, bias, rows.offsets)
     return grouped_linear(x, weight, rows.offsets) + bias.index_select(0, rows.expert_ids)
+
+
+def _to(weight: Tensor | Weight4bit, dtype: torch.dtype) -> Tensor | Weight4bit:
+    # one in 4 bit is dequantised to the dtype of what it multiplies
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
 
 class Experts(nn.Module):
@@ -227,7 +237,8 @@ class Experts(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
-    Parameters are left uninitialised: an `ExpertInit` fills them from the dense FFN.
+    Parameters are left uninitialised: an `ExpertInit` fills them from the dense FFN. A frozen projection may be a
+    `Weight4bit`, which `quantize_frozen` puts in the parameter's place.
     """
 
     activation: Callable[[Tensor], Tensor]
@@ -275,9 +286,16 @@ class Experts(nn.Module):
         self.register_parameter("down_proj_bias", parameter(hidden_size) if down_bias else None)
 
     @property
-    def first_proj(self) -> nn.Parameter:
-        """``gate_up_proj`` or ``up_proj``, whichever these experts have."""
-        return self.gate_up_proj if self.gated else self.up_proj
+    def projections(self) -> dict[str, Tensor | Weight4bit]:
+        """The first and the down projection, by name, as they are stored."""
+        names = ("gate_up_proj" if self.gated else "up_proj", "down_proj")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def first_proj(self) -> Tensor:
+        """``gate_up_proj`` or ``up_proj``, whichever these experts have; of one in 4 bit what it stands for."""
+        first, _ = self.projections.values()
+        return weight_of(first)
 
     @property
     def first_proj_bias(self) -> nn.Parameter | None:
@@ -287,27 +305,30 @@ class Experts(nn.Module):
     @property
     def parameters_per_expert(self) -> float:
         """How many parameters one expert has."""
-        return sum(p.numel() for p in self.parameters()) / self.num_experts
+        biases = (bias for bias in (self.first_proj_bias, self.down_proj_bias) if bias is not None)
+        return sum(weight.numel() for weight in (*self.projections.values(), *biases)) / self.num_experts
 
     def written_out(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The first and the down projection and the biases of both, each tensor with one entry per expert."""
-        return self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias
+        first, down = map(weight_of, self.projections.values())
+        return first, down, self.first_proj_bias, self.down_proj_bias
 
     def weights(self) -> list[Float[Tensor, "E ..."]]:
         """What of `written_out` these experts have."""
         return [weight for weight in self.written_out() if weight is not None]
 
     def parameters_for(self, part: str) -> list[nn.Parameter]:
-        """The parameters that took the place of one of the dense FFN's.
+        """The parameters that took the place of one of the dense FFN's; none for a weight in 4 bit.
 
         Args:
             part: its name in `FFNWeights`, such as ``"up"`` or ``"down_bias"``.
         """
+        first, down = self.projections.values()
         if part.startswith("down"):
-            found = self.down_proj_bias if part.endswith("bias") else self.down_proj
+            found = self.down_proj_bias if part.endswith("bias") else down
         else:
-            found = self.first_proj_bias if part.endswith("bias") else self.first_proj
-        return [] if found is None else [found]
+            found = self.first_proj_bias if part.endswith("bias") else first
+        return [found] if isinstance(found, nn.Parameter) else []
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
@@ -325,16 +346,21 @@ class Experts(nn.Module):
 
     def outputs(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "M D"], Dispatched]:
         """Computes each expert's outputs, unweighted, in the order of their experts, and says which rows these are."""
-        weights: list[Tensor | None] = [self.first_proj, self.down_proj, self.first_proj_bias, self.down_proj_bias]
+        first, down = self.projections.values()
+        first_bias: Tensor | None = self.first_proj_bias
+        down_bias: Tensor | None = self.down_proj_bias
         if self.exchange is not None:
-            weights = [None if w is None else self.exchange.local(w) for w in weights]
+            assert isinstance(first, Tensor)
+            assert isinstance(down, Tensor)
+            first, down = self.exchange.local(first), self.exchange.local(down)
+            first_bias, down_bias = (
+                None if bias is None else self.exchange.local(bias) for bias in (first_bias, down_bias)
+            )
         if torch.is_autocast_enabled(x.device.type):
             # grouped_mm is no autocast operation: without this it would silently run in float32
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(dtype), [None if w is None else w.to(dtype) for w in weights]
-        first, down, first_bias, down_bias = weights
-        assert first is not None
-        assert down is not None
+            x, first, down = x.to(dtype), _to(first, dtype), _to(down, dtype)
+            first_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (first_bias, down_bias))
         rows = dispatch(x, routing)
         if self.exchange is None:
             return self._compute(rows, first, down, first_bias, down_bias), rows
@@ -342,19 +368,27 @@ class Experts(nn.Module):
         return give_back(self._compute(here, first, down, first_bias, down_bias)), rows
 
     def _compute(
-        self, rows: Dispatched, first: Tensor, down: Tensor, first_bias: Tensor | None, down_bias: Tensor | None
+        self,
+        rows: Dispatched,
+        first: Tensor | Weight4bit,
+        down: Tensor | Weight4bit,
+        first_bias: Tensor | None,
+        down_bias: Tensor | None,
     ) -> Float[Tensor, "N D"]:
         hidden = _linear(rows.x, first, first_bias, rows)  # (N, 2F) or (N, F)
         return _linear(self.activate(hidden), down, down_bias, rows)  # (N, D)
 
     def _sum(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        biases = [None if b is None else b.unbind(0) for b in (self.first_proj_bias, self.down_proj_bias)]
+        stored = (*self.projections.values(), self.first_proj_bias, self.down_proj_bias)
         total: Tensor | None = None
-        for e, (first, down) in enumerate(zip(self.first_proj.unbind(0), self.down_proj.unbind(0), strict=True)):
-            first_bias, down_bias = (None if b is None else b[e] for b in biases)
-            y = F.linear(self.activate(F.linear(x, first, first_bias)), down, down_bias)
+        for e, (first, down, *biases) in enumerate(zip(*map(self._one_by_one, stored), strict=True)):
+            y = linear(self.activate(linear(x, first, biases[0], index=e)), down, biases[1], index=e)
             total = y if total is None else total + y
         return x.new_zeros(x.shape) if total is None else total
+
+    def _one_by_one(self, weight: Tensor | Weight4bit | None) -> Sequence[Any]:
+        # one in 4 bit is dequantised as a whole, for every expert anew: shared experts are few
+        return weight.unbind(0) if isinstance(weight, Tensor) else [weight] * self.num_experts
 
     def activate(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
         """Applies to the first projection's output the activation, and gate and inner dropout where there are any."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights, attribute, is_linear, probability_of
 from lightning_moe.ffn_probe import no_family_message, probe
+from lightning_moe.four_bit import Linear4bit
 
 
 def find_ffns(model: nn.Module, family: FFNFamily | None = None) -> dict[str, FFNWeights]:
@@ -120,9 +121,10 @@ def _check_weights(name: str, module: nn.Module, family: FFNFamily) -> None:
             )
         weight = linear.weight
         # float8 is one byte
-        if not weight.is_floating_point() or weight.element_size() < 2:
+        if isinstance(linear, Linear4bit) or not weight.is_floating_point() or weight.element_size() < 2:
+            kind = "4 bit" if isinstance(linear, Linear4bit) else weight.dtype
             raise TypeError(
-                f"{name}.{part}: the weight is quantised ({weight.dtype}), and experts are copies of full-precision "
+                f"{name}.{part}: the weight is quantised ({kind}), and experts are copies of full-precision "
                 "weights. Load the model without quantisation, upcycle it, and quantise after that."
             )
         if weight.dim() != 2 or hasattr(weight, "device_mesh"):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_moe.checks import check_positive, check_whole
 from lightning_moe.experts import Dispatched, Experts, combine, dispatch, grouped_linear
+from lightning_moe.four_bit import Weight4bit, linear, to_autocast
 from lightning_moe.routing import Routing
 
 
@@ -119,7 +120,7 @@ class LowRankExperts(Experts):
     @property
     def parameters_per_expert(self) -> float:
         """How many parameters one expert has to itself."""
-        return sum(p.numel() for p in self._changes()) / self.num_experts
+        return sum(p.numel() for p in self.changes()) / self.num_experts
 
     def parameters_for(self, part: str) -> list[nn.Parameter]:
         """The low-rank parameters that change one of the dense FFN's; biases have none."""
@@ -127,7 +128,8 @@ class LowRankExperts(Experts):
             return []
         return [self.down_a, self.down_b] if part.startswith("down") else [self.first_a, self.first_b]
 
-    def _changes(self) -> tuple[nn.Parameter, ...]:
+    def changes(self) -> tuple[nn.Parameter, ...]:
+        """What the experts have for themselves: A and B of the first and of the down projection."""
         return self.first_a, self.first_b, self.down_a, self.down_b
 
     def extra_repr(self) -> str:
@@ -161,31 +163,38 @@ class LowRankExperts(Experts):
         if self.down_proj_bias is not None:
             ones = routing.weights.new_ones(hidden.shape[0], 1)
             weights_sum = combine(ones, rows, routing)  # (T, 1), 0 for a token without an assignment
-            added = (added + weights_sum * _cast(self.down_proj_bias)).to(added.dtype)
+            added = (added + weights_sum * to_autocast(self.down_proj_bias)).to(added.dtype)
+        down, combined = self._shared("down_proj"), combine(hidden, rows, routing)
+        if isinstance(down, Weight4bit):
+            return linear(combined, down, index=0) + added
         # addmm and not a sum behind F.linear: what is added enters before the product is rounded to half precision, as
         # the bias of a dense layer does
-        return torch.addmm(added, combine(hidden, rows, routing), _cast(self.down_proj[0]).t())
+        return torch.addmm(added, combined, to_autocast(down).t())
 
     def outputs(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "M D"], Dispatched]:
         """Computes each expert's outputs, unweighted, in the order of their experts, and says which rows these are."""
         hidden, rows = self._hidden(x, routing)
-        bias = None if self.down_proj_bias is None else _cast(self.down_proj_bias[0])
-        shared = F.linear(hidden, _cast(self.down_proj[0]), bias)  # (N, D)
+        bias = None if self.down_proj_bias is None else self.down_proj_bias[0]
+        shared = linear(hidden, self._shared("down_proj"), bias, index=0)  # (N, D)
         return shared + self._change(hidden, self.down_a, self.down_b, rows.offsets), rows
 
     def _hidden(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "N F"], Dispatched]:
-        x = _cast(x)
+        x = to_autocast(x)
         rows = dispatch(x, routing)
-        bias = None if self.first_proj_bias is None else _cast(self.first_proj_bias[0])
-        shared = F.linear(x, _cast(self.first_proj[0]), bias)  # (T, P*F)
+        bias = None if self.first_proj_bias is None else self.first_proj_bias[0]
+        shared = linear(x, self._shared("gate_up_proj" if self.gated else "up_proj"), bias, index=0)  # (T, P*F)
         tokens = routing.token_ids.index_select(0, rows.order)
         change = self._change(rows.x, self.first_a, self.first_b, rows.offsets)
         return self.activate(shared.index_select(0, tokens) + change), rows
 
+    def _shared(self, name: str) -> Tensor | Weight4bit:
+        weight = self.projections[name]
+        return weight[0] if isinstance(weight, Tensor) else weight
+
     def _change(self, x: Float[Tensor, "N I"], a: Tensor, b: Tensor, offsets: Int[Tensor, " E"]) -> Tensor:
         # s B_e A_e x. The scale multiplies the smallest tensor of the three.
-        inner = (grouped_linear(x, _cast(a), offsets) * self.scale).split(self.rank, dim=-1)  # P of (N, rank)
-        parts = zip(inner, _cast(b).chunk(len(inner), dim=1), strict=True)
+        inner = (grouped_linear(x, to_autocast(a), offsets) * self.scale).split(self.rank, dim=-1)  # P of (N, rank)
+        parts = zip(inner, to_autocast(b).chunk(len(inner), dim=1), strict=True)
         changes = [grouped_linear(part, weight, offsets) for part, weight in parts]
         return changes[0] if len(changes) == 1 else torch.cat(changes, dim=-1)
 
@@ -198,8 +207,9 @@ class LowRankExperts(Experts):
 
     def written_out(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Every expert's weights, part of the graph, which takes E times the memory of the dense FFN."""
-        first = self.first_proj + self.scale * _products(self.first_a, self.first_b, self.rank)
-        down = self.down_proj + self.scale * _products(self.down_a, self.down_b, self.rank)
+        first, down, *_ = super().written_out()
+        first = first + self.scale * _products(self.first_a, self.first_b, self.rank)
+        down = down + self.scale * _products(self.down_a, self.down_b, self.rank)
         first_bias, down_bias = (
             None if bias is None else bias.expand(self.num_experts, -1)
             for bias in (self.first_proj_bias, self.down_proj_bias)
@@ -231,12 +241,6 @@ def check_rank(rank: int, alpha: float | None) -> None:
     check_whole(rank=rank)
     if alpha is not None:
         check_positive(alpha=alpha)
-
-
-def _cast(tensor: Tensor) -> Tensor:
-    # grouped_mm is no autocast operation: without this it would silently run in float32
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _products(a: Tensor, b: Tensor, rank: int) -> Tensor:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_moe.four_bit import Weight4bit
 from lightning_moe.layer import RoutedLayer
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
@@ -35,7 +36,8 @@ class Throughput:
             layer.parameters_per_expert * max(map(_operations, layer.experts.parameters())) for layer in layers.values()
         ]
         all_experts = sum(layer.num_experts * per for layer, per in zip(layers.values(), self._per_expert, strict=True))
-        self._fixed = sum(_operations(p) * p.numel() for p in _multiplied(module)) - all_experts
+        four_bit = sum(4 * part.numel() for part in module.modules() if isinstance(part, Weight4bit))
+        self._fixed = sum(_operations(p) * p.numel() for p in _multiplied(module)) + four_bit - all_experts
         self._attention = _attention_width(module)
         # of a sharded parameter the whole size is not known here
         self._known = all(parameter.numel() > 0 for parameter in module.parameters())
@@ -99,7 +101,7 @@ def _multiplied(module: nn.Module) -> list[nn.Parameter]:
         id(parameter)
         for part in module.modules()
         for parameter in part._parameters.values()
-        if not isinstance(part, nn.Embedding)
+        if not isinstance(part, (nn.Embedding, Weight4bit))
     }
     return [parameter for parameter in module.parameters() if id(parameter) in used]
 
