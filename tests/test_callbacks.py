@@ -41,6 +41,7 @@ from torch.utils.data import DataLoader
 from lightning_moe import (
     BalanceLossCallback,
     CentroidRouterInit,
+    DropInit,
     ExpertUtilizationCallback,
     KMeansRouterInit,
     LoadBalancingLoss,
@@ -166,7 +167,7 @@ def test_frozen_ffns_give_frozen_experts_and_trained_routers(tmp_path):
     module = ForeignModule()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(".mlp." not in name)
-    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config())])
+    trainer = trainer_of(tmp_path, [MoEUpcycleCallback(small_config(init=DropInit(0.5)))])
     trainer.fit(module, loader(batches(2)))
     for layer in moe_layers(module).values():
         assert not any(p.requires_grad for p in layer.experts.parameters())

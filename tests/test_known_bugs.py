@@ -43,6 +43,7 @@ from lightning_moe import (
     AdaptiveL1Loss,
     BalanceLossCallback,
     CosineRouter,
+    DropInit,
     Experts,
     LoadBalancingLoss,
     MoELayer,
@@ -286,7 +287,9 @@ def test_seed_07_what_else_has_a_gradient_does_not_matter(tmp_path, kind, layer,
     options = {"accumulate_grad_batches": 2} if kind is WatchedTower else {}
     with warnings.catch_warnings():
         warnings.simplefilter("default", MoEWarning)
-        trainer_of(tmp_path, [MoEUpcycleCallback(small_config())], **options).fit(kind(layer), loader(images(4)))
+        # frozen copies would be warned of
+        callback = MoEUpcycleCallback(small_config(init=DropInit(0.5)))
+        trainer_of(tmp_path, [callback], **options).fit(kind(layer), loader(images(4)))
     # once, and not at every step
     assert len([w for w in recwarn if issubclass(w.category, MoEWarning)]) == told
 

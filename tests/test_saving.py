@@ -287,8 +287,8 @@ def test_the_wrong_directory(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path):
     save_moe(trained(TEXT_ROWS["llama"].build(), config_of()), tmp_path)
-    edit(tmp_path, lambda config: config["recipe"].update(format=2, lightning_moe="9.0"))
-    with pytest.raises(ValueError, match=r"format 2 was written by lightning-moe 9\.0; .* Upgrade"):
+    edit(tmp_path, lambda config: config["recipe"].update(format=3, lightning_moe="9.0"))
+    with pytest.raises(ValueError, match=r"format 3 was written by lightning-moe 9\.0; .* Upgrade"):
         load_moe(tmp_path)
 
 

@@ -15,6 +15,7 @@ from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.export import Exported, export_to_hf
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights
 from lightning_moe.ffn_search import find_ffns
+from lightning_moe.freezing import train_only
 from lightning_moe.initializers import (
     INITIALIZERS,
     ROUTER_INITIALIZERS,
@@ -91,6 +92,7 @@ from lightning_moe.metrics import (
     VocabularySpecialization,
 )
 from lightning_moe.native import attach_native, detach_native, routed_layers
+from lightning_moe.quantization import Quantization, dequantize, quantize_frozen
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import (
     ROUTERS,
@@ -264,6 +266,7 @@ __all__ = [
     "OutputCKA",
     "OutputSimilarity",
     "PerturbedCosineRouter",
+    "Quantization",
     "ReMoERouter",
     "Receipt",
     "Router",
@@ -306,6 +309,7 @@ __all__ = [
     "attach_native",
     "combine",
     "consolidate",
+    "dequantize",
     "detach_native",
     "dispatch",
     "expand",
@@ -318,9 +322,11 @@ __all__ = [
     "load_moe",
     "moe_layers",
     "parallelize_experts",
+    "quantize_frozen",
     "record_routing",
     "routed_layers",
     "save_moe",
+    "train_only",
     "upcycle",
     "write_report",
     "z_loss",

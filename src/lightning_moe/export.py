@@ -20,6 +20,7 @@ from lightning_moe.export_gates import Gate, Upcycled, read_gate
 from lightning_moe.export_targets import EXPORT_TARGETS, ExportTarget
 from lightning_moe.ffn import FFNFamily
 from lightning_moe.layer import MoELayer, moe_layers
+from lightning_moe.quantization import four_bit_weights
 from lightning_moe.routing import unobserved
 
 _PLACE = re.compile(r"model\.layers\.(\d+)\.mlp")
@@ -109,6 +110,11 @@ def _layers(model: Any) -> dict[str, MoELayer]:
     name = type(model).__name__
     if not layers:
         raise ValueError(f"{name} has no MoE layer to export; call upcycle(model, config) first.")
+    if four_bit_weights(model):
+        raise ValueError(
+            f"{name} is in 4 bit, and a native model is written in full precision. Call dequantize(model) first; what "
+            "was rounded stays rounded."
+        )
     for place, layer in layers.items():
         if any(tensor.is_meta for tensor in layer.state_dict().values()):
             raise ValueError(f"{name}: {place} is on the meta device and has no weights to export.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_moe.experts import Experts, combine
+from lightning_moe.four_bit import check_loaded
 from lightning_moe.losses import BalanceLoss
 from lightning_moe.routers import Router
 from lightning_moe.routing import Routing, is_observed, is_recomputing, limit_capacity, notify
@@ -172,14 +173,22 @@ class MoELayer(RoutedLayer):
         self.register_load_state_dict_pre_hook(_explain_mismatch)
 
     @property
+    def plain_experts(self) -> Experts:
+        """The experts, without the adapters of peft on them that ``target_parameters`` of its configuration makes."""
+        experts: Any = self.experts
+        while hasattr(experts, "base_layer"):
+            experts = experts.base_layer
+        return experts  # type: ignore[no-any-return]
+
+    @property
     def num_experts(self) -> int:
         """E."""
-        return self.experts.num_experts
+        return self.plain_experts.num_experts
 
     @property
     def parameters_per_expert(self) -> float:
         """As the experts say, which may share some."""
-        return self.experts.parameters_per_expert
+        return self.plain_experts.parameters_per_expert
 
     @property
     def routes_by_states(self) -> bool:
@@ -206,7 +215,7 @@ class MoELayer(RoutedLayer):
 
     def expert_weights(self) -> list[Float[Tensor, "E ..."]]:
         """As the experts say."""
-        return self.experts.weights()
+        return self._without_adapters().weights()
 
     def expert_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "E T D"]:
         """Sends every token to every expert."""
@@ -215,7 +224,7 @@ class MoELayer(RoutedLayer):
         expert_ids = torch.arange(E, device=x.device).repeat_interleave(T)
         weights, logits = torch.ones(E * T, device=x.device), x.new_zeros(T, E, dtype=torch.float32)
         # rows come sorted by expert, and by token within one
-        outputs, _ = self.experts.outputs(x, Routing(token_ids, expert_ids, weights, logits, logits))
+        outputs, _ = self._without_adapters().outputs(x, Routing(token_ids, expert_ids, weights, logits, logits))
         return outputs.view(E, T, -1)
 
     @property
@@ -270,6 +279,15 @@ class MoELayer(RoutedLayer):
         self._previous_logits = None if logits is None else logits.detach().requires_grad_(logits.requires_grad)
         return logits
 
+    def _without_adapters(self) -> Experts:
+        # peft's adapters act in the forward alone
+        if hasattr(self.experts, "base_layer"):
+            raise TypeError(
+                f"{self.name}: an adapter of peft stands on the experts, so their weights and single outputs cannot be "
+                "looked at. Merge it first, with model.merge_and_unload(); or leave out what looks at them."
+            )
+        return self.experts
+
     def _compute(self, x: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "T D"], Routing]:
         # what the losses look at is kept only if one of them does
         losses = list(self.balance_losses.values()) if torch.is_grad_enabled() or is_observed() else []
@@ -277,7 +295,7 @@ class MoELayer(RoutedLayer):
             routing = replace(routing, gate=self.router.gate_rows())
         if not any(loss.needs_outputs for loss in losses):
             return self.experts(x, routing), routing
-        y, rows = self.experts.outputs(x, routing)
+        y, rows = self._without_adapters().outputs(x, routing)
         in_order = y.new_zeros(len(routing.expert_ids), y.shape[1]).index_copy(0, rows.order, y)
         return combine(y, rows, routing), replace(routing, outputs=in_order)
 
@@ -316,10 +334,17 @@ def _explain_mismatch(
     if foreign and not any(key in state_dict for key in known):
         raise ValueError(
             f"{prefix[:-1]}: the checkpoint is that of a dense model (it holds {foreign[0]}), this layer has "
-            f"{module.experts.num_experts} experts. Load a dense checkpoint into the dense model, before upcycling: "
+            f"{module.num_experts} experts. Load a dense checkpoint into the dense model, before upcycling: "
             "MoEUpcycleCallback(..., dense_checkpoint=PATH) does, in the place of ckpt_path=PATH."
         )
     for key, tensor in own.items():
+        if key.endswith(".packed"):
+            check_loaded(state_dict, key.removesuffix(".packed"))
+        if f"{key}.packed" in state_dict:
+            raise ValueError(
+                f"{key}: the checkpoint holds this weight in 4 bit, and this model in full precision. Quantise the "
+                "model before, as it was: with MoEUpcycleCallback(..., quantize=...), or quantize_frozen(model)."
+            )
         if key in state_dict and state_dict[key].shape != tensor.shape:
             raise ValueError(
                 f"{key}: the checkpoint has shape {tuple(state_dict[key].shape)}, that is "

@@ -70,23 +70,23 @@ class Receipt:
         total, active, memory = self.parameters, self.active_parameters, self.memory
         trainable = self.trainable_parameters
         shared = f", and {self.num_shared_experts} shared" if self.num_shared_experts else ""
-        added = f"{'+' if self.parameters_added >= 0 else '-'}{_human(abs(self.parameters_added))}"
+        added = f"{'+' if self.parameters_added >= 0 else '-'}{human(abs(self.parameters_added))}"
         rows = [
-            ("parameters", f"{_human(total[0])} -> {_human(total[1])} ({added})"),
-            ("active", f"{_human(active[0])} -> {_human(active[1])} per token"),
-            ("memory", f"{_human(memory[0], _BYTES)} -> {_human(memory[1], _BYTES)}"),
+            ("parameters", f"{human(total[0])} -> {human(total[1])} ({added})"),
+            ("active", f"{human(active[0])} -> {human(active[1])} per token"),
+            ("memory", f"{human_bytes(memory[0])} -> {human_bytes(memory[1])}"),
         ]
         if trainable != total:
-            rows.insert(1, ("trainable", f"{_human(trainable[0])} -> {_human(trainable[1])}"))
+            rows.insert(1, ("trainable", f"{human(trainable[0])} -> {human(trainable[1])}"))
         if self.expert_similarity is not None:
             rows.append(("similarity", f"{self.expert_similarity:.3f}, mean cosine of two experts' weights"))
         rows += _step_zero(self, "the dense model")
-        rows += [("left dense", line) for line in _by_reason(self.left_dense)]
+        rows += [("left dense", line) for line in by_reason(self.left_dense)]
         title = (
             f"Upcycled {len(self.layers)} of {len(self.layers) + len(self.kept)} FFNs to {self.num_experts} experts, "
             f"{self.experts_per_token:g} per token{shared}."
         )
-        return _lines(title, rows)
+        return lines(title, rows)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class Expansion:
         counts = sorted({count for counts in self.copies.values() for count in counts})
         rows = [
             ("copies", f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of each expert"),
-            ("parameters", " -> ".join(map(_human, self.parameters))),
+            ("parameters", " -> ".join(map(human, self.parameters))),
         ]
         rows += _step_zero(self, "the model before")
         title = "Expanded {} MoE layers from {} to {} experts.".format(len(self.layers), *self.num_experts)
-        return _lines(title, rows)
+        return lines(title, rows)
 
 
 @torch.no_grad()
@@ -169,7 +169,8 @@ def num_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
 
 
-def _lines(title: str, rows: list[tuple[str, str]]) -> str:
+def lines(title: str, rows: list[tuple[str, str]]) -> str:
+    """A title and, under it, a line for each name and text."""
     return "\n".join([title, *(f"  {name:<12} {text}" for name, text in rows)])
 
 
@@ -183,10 +184,10 @@ def _step_zero(receipt: Receipt | Expansion, before: str) -> list[tuple[str, str
     return rows
 
 
-def _by_reason(left_dense: Mapping[str, str]) -> list[str]:
-    # one line for each reason: the receipt stays on one screen, however many FFNs there are
+def by_reason(left: Mapping[str, str]) -> list[str]:
+    """One line for each reason, of a name to its reason: it stays on one screen, however many names there are."""
     names: dict[str, list[str]] = {}
-    for name, reason in left_dense.items():
+    for name, reason in left.items():
         names.setdefault(reason, []).append(name)
     lines = [
         f"{', '.join(group) if len(group) <= 2 else f'{group[0]}, ... ({len(group)} in all)'}: {reason}"
@@ -196,8 +197,14 @@ def _by_reason(left_dense: Mapping[str, str]) -> list[str]:
     return lines if hidden <= 0 else [*lines[:_MAX_REASONS], f"and more, for {hidden} other reasons: see to_dict()"]
 
 
-def _human(number: int, units: tuple[str, ...] = ("B", "M", "K", "")) -> str:
+def human(number: int, units: tuple[str, ...] = ("B", "M", "K", "")) -> str:
+    """A number with a unit of thousands."""
     for unit, size in zip(units, (1e9, 1e6, 1e3), strict=False):
         if number >= size:
             return f"{number / size:.4g} {unit}"
     return f"{number} {units[-1]}".rstrip()
+
+
+def human_bytes(number: int) -> str:
+    """A number of bytes with its unit."""
+    return human(number, _BYTES)

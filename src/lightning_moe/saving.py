@@ -1,8 +1,8 @@
 """Saves and loads upcycled models: safetensors and one JSON, no pickle.
 
 A *recipe* is the part of an upcycled model that its weights do not tell, in plain Python: which module became a MoE
-layer, with which router and how many experts of which width. It stands in ``moe_config.json`` and in every Lightning
-checkpoint.
+layer, with which router and how many experts of which width, and what is in 4 bit. It stands in ``moe_config.json`` and
+in every Lightning checkpoint.
 """
 
 import json
@@ -26,6 +26,7 @@ from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
 from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.low_rank import LowRankExperts
+from lightning_moe.quantization import apply_four_bit, four_bit_recipe
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import ROUTERS, Router
 from lightning_moe.routers.base import init_arguments
@@ -34,7 +35,8 @@ from lightning_moe.upcycle import upcycle
 CONFIG_FILE = "moe_config.json"
 # None of transformers' own names: from_pretrained on this directory would build a random model of default size.
 WEIGHTS_FILES = "moe_model{suffix}.safetensors"
-FORMAT = 1
+# 2 where weights are in 4 bit, which readers of format 1 would not know; 1 elsewhere
+FORMAT = 2
 
 
 def moe_recipe(model: nn.Module, family: FFNFamily | None = None) -> dict[str, Any]:
@@ -50,12 +52,14 @@ def moe_recipe(model: nn.Module, family: FFNFamily | None = None) -> dict[str, A
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer to save; call upcycle(model, config) first.")
-    return {
-        "format": FORMAT,
+    four_bit = four_bit_recipe(model)
+    recipe = {
+        "format": 1 if four_bit is None else FORMAT,
         "lightning_moe": __version__,
         "family": None if family is None else vars(family),
         "layers": {name: _layer_recipe(name, layer) for name, layer in layers.items()},
     }
+    return recipe if four_bit is None else {**recipe, "four_bit": four_bit}
 
 
 def check_recipe(model: nn.Module, recipe: dict[str, Any] | None, names: Iterable[str]) -> None:
@@ -96,6 +100,8 @@ def check_recipe(model: nn.Module, recipe: dict[str, Any] | None, names: Iterabl
 def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     """Gives a dense model the MoE layers of a recipe, in place; their weights are copies of the dense ones.
 
+    What the recipe has in 4 bit is zeros until a checkpoint fills it, and only what trained with it trains.
+
     Args:
         model: the dense model that the recipe's model was upcycled from, or one of the same architecture.
         recipe: what `moe_recipe` returned.
@@ -118,6 +124,8 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     configs = [_config_of(layer, names, recipe["layers"], family) for layer, names in built.values()]
     for config in configs:
         upcycle(model, config)
+    if four_bit := recipe.get("four_bit"):
+        apply_four_bit(model, four_bit)
 
 
 def _config_of(
@@ -268,8 +276,9 @@ def write_moe(weights: nn.Module | dict[str, Tensor], path: Path, config: dict[s
 def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """Loads what `save_moe` wrote, in evaluation mode, as ``from_pretrained`` does: call ``.train()`` to train.
 
-    Every parameter trains, but for the FFN that low-rank experts share: what had been frozen is to be frozen again. In
-    evaluation mode capacities and a router's noise are off; `MoEUpcycleCallback` sets its layers to training itself.
+    Every parameter trains, but for the FFN that low-rank experts share: what had been frozen is to be frozen again. Of
+    a model with weights in 4 bit, what trained when it was saved does. In evaluation mode capacities and a router's
+    noise are off; `MoEUpcycleCallback` sets its layers to training itself.
 
     Args:
         path: the directory.
@@ -304,7 +313,7 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
 
 def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
-    router, experts = type(layer.router), layer.experts
+    router, experts = type(layer.router), layer.plain_experts
     arguments = init_arguments(layer.router, skip=("hidden_size", "num_experts"))
     try:
         json.dumps(arguments)

@@ -1,5 +1,6 @@
 """Optimizers that were made before the upcycling: what they hold instead of the dense FFNs' parameters."""
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -54,6 +55,39 @@ def repoint(module: nn.Module, made: Any, sources: Sources) -> None:
                 unique = {id(p): p for p in new}
                 present |= set(unique)
                 group["params"] = kept + list(unique.values())
+
+
+def drop_frozen(made: Any) -> None:
+    """Takes out of optimizers what does not train, so that a weight that went into 4 bit is let go of.
+
+    Args:
+        made: what ``configure_optimizers`` returned.
+    """
+    for optimizer in _optimizers(made):
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+
+
+def keep_routers_in_32_bits(module: nn.Module, made: Any) -> None:
+    """Lets the 8-bit optimizers of bitsandbytes keep routers' states in 32 bits, as they do those of small tensors.
+
+    Args:
+        module: upcycled.
+        made: what ``configure_optimizers`` returned.
+    """
+    routers = {id(p) for layer in moe_layers(module).values() for p in layer.router.parameters()}
+    for optimizer in _optimizers(made):
+        manager: Any = getattr(optimizer, "mng", None)
+        if not type(manager).__module__.startswith("bitsandbytes."):
+            continue
+        # The one that it has is shared by all optimizers of the process, and finds a parameter by its position.
+        own = copy.copy(manager)
+        own.index2config = dict(manager.index2config)
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) in routers:
+                    own.index2config[group_index, index] = {"optim_bits": 32}
+        optimizer.mng = own  # type: ignore[attr-defined]
 
 
 def _successors(layers: Mapping[str, MoELayer], place: str) -> Iterable[nn.Parameter]:

@@ -3,10 +3,10 @@
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
@@ -24,19 +24,25 @@ from lightning_moe.callbacks.base import (
 from lightning_moe.callbacks.dashboard import write_texts
 from lightning_moe.callbacks.dense_checkpoint import load_dense
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
+from lightning_moe.callbacks.frozen import check_frozen
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
-from lightning_moe.callbacks.optimizers import dense_sources, repoint
+from lightning_moe.callbacks.optimizers import dense_sources, drop_frozen, keep_routers_in_32_bits, repoint
+from lightning_moe.callbacks.precision import check_quantization
 from lightning_moe.callbacks.recomputing import check_recomputing, checkpoint_activations
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.checkpoints import RECIPE_KEY
+from lightning_moe.checks import check_choice
 from lightning_moe.config import UpcycleConfig, check_config
 from lightning_moe.description import describe_models
 from lightning_moe.ffn_search import find_ffns
+from lightning_moe.four_bit import QUANT_TYPES
 from lightning_moe.layer import MoELayer, moe_layers, plain_name
 from lightning_moe.losses import BalanceLoss
+from lightning_moe.quantization import Quantization, four_bit_weights, quantize_frozen
 from lightning_moe.randomness import random_state, set_random_state
 from lightning_moe.receipt import Receipt
 from lightning_moe.routers import Router
+from lightning_moe.routing import MoEWarning
 from lightning_moe.saving import check_recipe, moe_recipe, unfilled
 from lightning_moe.upcycle import upcycle
 
@@ -64,14 +70,17 @@ class MoEUpcycleCallback(Callback):
             the backward instead of keeping them: less memory, for one more forward in each step.
         dense_checkpoint: what a run of the same module wrote before it was upcycled, a file or a directory of shards:
             its weights are loaded right before the upcycling. Optimizers, schedulers and steps begin anew.
+        quantize: ``"nf4"`` or ``"fp4"`` freezes all but the routers, low-rank experts, shared experts and peft's
+            adapters, and puts the frozen weights into 4 bit, see `quantize_frozen`; with ``LowRankInit`` this is QLoRA
+            for a Mixture of Experts. None leaves them.
 
     Raises:
         TypeError: if ``calibration`` is neither a number nor a list of batches.
         ValueError: if ``calibration`` is a number below 1, or one where each batch is to be a domain.
         MisconfigurationException: at setup, if the Trainer's launcher would lose the trained experts (``ddp_spawn``),
             if there are no training batches to calibrate with, if another callback has copied the dense module before,
-            or if the dense checkpoint does not fit; when training starts, if blocks that are to be recomputed are in
-            evaluation mode.
+            if the dense checkpoint does not fit, or if ``BitsandbytesPrecision`` is to quantise the model, which passes
+            over the experts; when training starts, if blocks that are to be recomputed are in evaluation mode.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -88,8 +97,11 @@ class MoEUpcycleCallback(Callback):
         calibration: Sequence[Batch] | int | None = None,
         activation_checkpointing: bool = False,
         dense_checkpoint: str | Path | None = None,
+        quantize: Literal["nf4", "fp4"] | None = None,
     ) -> None:
         check_config(config)
+        if quantize is not None:
+            check_choice("quantize", quantize, QUANT_TYPES)
         self.config = config
         self.balance_losses = balance_losses
         self.log_utilization = log_utilization
@@ -107,7 +119,9 @@ class MoEUpcycleCallback(Callback):
         self.calibration = calibration
         self.activation_checkpointing = activation_checkpointing
         self.dense_checkpoint = dense_checkpoint
+        self.quantize = quantize
         self.receipt: Receipt | None = None
+        self.quantization: Quantization | None = None
         self._receipt_written = False
         self._saved_receipt: dict[str, Any] | None = None
         self._sources: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
@@ -129,13 +143,14 @@ class MoEUpcycleCallback(Callback):
         _check_launcher(trainer, pl_module)
         _check_order(trainer, self)
         make_atomic(trainer)
+        check_quantization(trainer, self.quantize)
         self._add_parts(trainer)
         if self._is_lazy(pl_module):
             _run_after(pl_module, "configure_model", lambda _: self._prepare(trainer, pl_module))
         else:
             self._prepare(trainer, pl_module)
         if stage == "fit":
-            _run_after(pl_module, "configure_optimizers", lambda made: repoint(pl_module, made, self._sources))
+            _run_after(pl_module, "configure_optimizers", lambda made: self._set_up_optimizers(pl_module, made))
             # for ModelCheckpoint(save_weights_only=True), which asks no callback
             _run_after(pl_module, "on_save_checkpoint", lambda _, saved: self._write_recipe(pl_module, saved))
         # before the weights are loaded, and after the module's own hook, which may change names
@@ -155,6 +170,7 @@ class MoEUpcycleCallback(Callback):
         if self.activation_checkpointing:
             check_recomputing(pl_module)
         self._unchecked = moe_layers(pl_module)
+        check_frozen(self._unchecked, self.receipt)
         for layer in self._unchecked.values():
             # from_pretrained leaves a model in evaluation mode and Lightning keeps it so: a router's noise would be off
             layer.train()
@@ -273,6 +289,12 @@ class MoEUpcycleCallback(Callback):
         callbacks_of(trainer)[place:place] = wanted
         self._parts = wanted
 
+    def _set_up_optimizers(self, pl_module: LightningModule, made: Any) -> None:
+        repoint(pl_module, made, self._sources)
+        if self.quantize is not None:
+            drop_frozen(made)
+        keep_routers_in_32_bits(pl_module, made)
+
     def _is_lazy(self, pl_module: LightningModule) -> bool:
         # whether the model is yet to be built, in configure_model
         if not overrides(pl_module, "configure_model") or moe_layers(pl_module):
@@ -302,7 +324,24 @@ class MoEUpcycleCallback(Callback):
             rank_zero_info(
                 f"MoEUpcycleCallback: the model has MoE layers already ({len(layers)}) and is left as it is."
             )
+        else:
+            self._make_layers(trainer, pl_module, target)
+        self._quantize(target)
+
+    def _quantize(self, target: nn.Module) -> None:
+        if self.quantize is None:
             return
+        if present := {weight.quant_type for weight in four_bit_weights(target).values()}:
+            if present != {self.quantize}:
+                rank_zero_warn(
+                    f"quantize={self.quantize!r} has no effect: the model is in {', '.join(sorted(present))} already.",
+                    category=MoEWarning,
+                )
+            return
+        self.quantization = quantize_frozen(target, quant_type=self.quantize)
+        rank_zero_info(str(self.quantization))
+
+    def _make_layers(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> None:
         if self.dense_checkpoint is not None:
             load_dense(pl_module, self.dense_checkpoint)
         self._sources.update(dense_sources(target, self.config.family, self._prefix()))
