@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, and of the page on routers, from the results on disk, between marker comments.
+"""Writes the tables of README.md, and of the pages on routers and memory, from the results on disk, between markers.
 
 Of each benchmark the newest run on each hardware is shown; runs of ``--quick`` are not. Older runs stay on disk.
 """
@@ -13,6 +13,7 @@ from common import RESULTS, ROOT
 
 README = ROOT / "README.md"
 WHICH_ROUTER = ROOT.parent / "docs" / "which-router.md"
+MEMORY = ROOT.parent / "docs" / "memory.md"
 Record = dict[str, Any]
 
 
@@ -187,6 +188,16 @@ def _spread(figure: dict[str, float]) -> str:
     return f"{figure['median']:.2f} [{figure['q1']:.2f}, {figure['q3']:.2f}]"
 
 
+def four_bit_memory(record: Record) -> list[str]:
+    """One table, a column for each case."""
+    cases = record["cases"]
+    header = ["MB", *(f"{case['weights']}, {case['optimizer']}" for case in cases)]
+    rows = [[part, *(f"{case['parts'][part] / 1e6:.1f}" for case in cases)] for part in cases[0]["parts"]]
+    for label, key in (("model", "model_bytes"), ("optimizer's states", "state_bytes"), ("step, peak", "peak_bytes")):
+        rows.append([label, *(f"{case[key] / 1e6:.1f}" for case in cases)])
+    return _table(header, rows)
+
+
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [
         f"| {' | '.join(header)} |",
@@ -214,6 +225,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Record], list[str]], tuple[Path, ...]]] = 
     "step_zero": (step_zero, (README,)),
     "monitoring": (monitoring, (README,)),
     "zero_shot": (zero_shot, (README,)),
+    "four_bit_memory": (four_bit_memory, (README, MEMORY)),
 }
 
 

@@ -3,6 +3,8 @@
 import copy
 import functools
 import pickle
+import re
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -590,3 +592,18 @@ class Fed(MoEModule):
 
     def train_dataloader(self):
         return loader(batches(2))
+
+
+def test_the_page_on_memory_runs(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        exec(code, names)
+        told = capsys.readouterr().out.splitlines()
+        shown = [line.removeprefix("# ") for line in code.splitlines() if line.startswith("# ")]
+        assert set(shown) - {"  ..."} <= set(told)
+    assert four_bit_weights(names["model"])
+    assert names["module"].configure_optimizers().defaults["lr"] == 1e-4
+    whole, part = (yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    assert whole["trainer"]["callbacks"][0]["init_args"]["quantize"] == "nf4"
+    assert part["model"]["init_args"]["optimizer"] == ADAMW_8BIT | {"init_args": {"lr": "1e-4"}}

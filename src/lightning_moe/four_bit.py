@@ -94,8 +94,8 @@ class Weight4bit(nn.Module):
         if self.packed.is_meta:
             return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
         functional = bitsandbytes_functional()
-        # As one row: where rows are no multiple of the block, the kernel of bitsandbytes 0.50 for CPUs with AVX-512
-        # gives wrong numbers without a word.
+        # As one row: where rows are no multiple of the block, as 96 for 64, the kernel of bitsandbytes 0.50 for CPUs
+        # with AVX-512 gives wrong numbers without a word.
         state = functional.QuantState(
             self.absmax.view(torch.float32),
             shape=torch.Size([self.numel()]),
