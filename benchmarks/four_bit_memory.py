@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_moe import LowRankInit, UpcycleConfig, quantize_frozen, train_only, upcycle
 from lightning_moe.callbacks.optimizers import keep_routers_in_32_bits
 
-OPTIMIZERS = {"AdamW": partial(torch.optim.AdamW, fused=True), "AdamW8bit": bitsandbytes.optim.AdamW8bit}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "AdamW": partial(torch.optim.AdamW, fused=True),
+    "AdamW8bit": bitsandbytes.optim.AdamW8bit,
+}
 CASES = [(weights, optimizer) for weights in ("full", "nf4") for optimizer in OPTIMIZERS]
 # the first that a parameter's name has is its part
 PARTS = {"router": "routers", "experts": "shared FFNs", "self_attn": "attention", "embed": "embeddings"}
@@ -67,7 +71,8 @@ def build(args: argparse.Namespace, weights: str) -> nn.Module:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: nn.Module = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     upcycle(model, UpcycleConfig(num_experts=args.experts, init=LowRankInit(args.rank), seed=args.seed))
     if weights == "nf4":
         quantize_frozen(model)
