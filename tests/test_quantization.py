@@ -439,6 +439,16 @@ def test_a_saved_model_loads_to_equal_logits(tmp_path):
     assert trainable(again) == trainable(module)
 
 
+def test_a_module_made_of_a_saved_model_goes_on_training_the_same_parts(tmp_path):
+    save_moe(quantized(), tmp_path / "moe")
+    module = qlora_module(str(tmp_path / "moe"))
+    before = state(module)
+    fit(module, tmp_path, quantize=None)
+    after = state(module)
+    assert {name for name in after if not after[name].equal(before[name])} == trainable(module)
+    assert {name.rpartition(".")[2] for name in trainable(module)} == CHANGES | {"gate"}
+
+
 def test_a_recipe_without_4_bit_weights_stays_readable_by_older_versions(tmp_path):
     trained(tmp_path, quantize=None)
     recipe = torch.load(tmp_path / "run.ckpt", weights_only=True)["lightning_moe"]
