@@ -9,7 +9,7 @@ from lightning_fixtures import run_script, small_config, tiny_llama
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_moe import LowRankInit, upcycle
+from lightning_moe import LowRankInit, quantize_frozen, upcycle
 from lightning_moe.expert_parallel import _layers_to_spread
 
 TWO_RANKS = """
@@ -67,6 +67,13 @@ def test_low_rank_experts_are_refused():
     model = tiny_llama()
     upcycle(model, small_config(num_experts=4, init=LowRankInit(rank=2)))
     assert "low-rank experts share one FFN" in refused(model)
+
+
+def test_experts_in_4_bit_are_refused():
+    model = tiny_llama()
+    upcycle(model, small_config(num_experts=4))
+    quantize_frozen(model)
+    assert "the experts are in 4 bit" in refused(model)
 
 
 def test_a_dense_model_is_refused():

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_moe.experts import Dispatched
+from lightning_moe.four_bit import Weight4bit
 from lightning_moe.layer import MoELayer, moe_layers
 from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.native import native_blocks
@@ -35,8 +36,8 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> dict[str, MoELaye
 
     Raises:
         ValueError: if the model has no MoE layer, if the number of experts of one is not divisible by the mesh's size,
-            or if a layer cannot be spread: low-rank experts, and MoE blocks that a Hugging Face model brings itself.
-            Nothing is changed then.
+            or if a layer cannot be spread: low-rank experts, experts in 4 bit, and MoE blocks that a Hugging Face model
+            brings itself. Nothing is changed then.
     """
     layers = _layers_to_spread(model, mesh.size())
     for layer in layers.values():
@@ -61,6 +62,11 @@ def _layers_to_spread(model: nn.Module, ranks: int) -> dict[str, MoELayer]:
             raise ValueError(
                 f"{name}: low-rank experts share one FFN, and expert parallelism has nothing to spread that is worth "
                 "the exchange. Leave expert_parallel_size at 1."
+            )
+        if any(isinstance(weight, Weight4bit) for weight in layer.experts.projections.values()):
+            raise ValueError(
+                f"{name}: the experts are in 4 bit, and expert parallelism spreads them in full precision only. Leave "
+                "expert_parallel_size at 1, or quantize out."
             )
         if layer.num_experts % ranks:
             raise ValueError(
