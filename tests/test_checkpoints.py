@@ -28,6 +28,7 @@ from lightning_fixtures import (
 )
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_moe import (
     LowRankInit,
@@ -39,9 +40,11 @@ from lightning_moe import (
     load_moe,
     moe_layers,
     save_moe,
+    upcycle,
 )
 from lightning_moe.checkpoints import read_checkpoint, read_outline
 from lightning_moe.cli import MoECLI, main
+from lightning_moe.saving import moe_recipe
 
 MODEL = "net.inner."
 
@@ -378,6 +381,35 @@ def test_it_trains_on(trained, tmp_path):
     module = load_from_checkpoint(ForeignModule, trained[1])
     fit(tmp_path, module)
     assert any(not torch.equal(trained[0].state_dict()[name], value) for name, value in module.state_dict().items())
+
+
+class Compiled(ForeignModule):
+    """Whose state dict has `_orig_mod` in its names."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net.inner = torch.compile(self.net.inner, backend="eager")
+
+
+def test_a_compiled_module_is_loaded_and_consolidated(tmp_path):
+    module = Compiled()
+    # it is the names that count here
+    with torch.compiler.set_stance("force_eager"):
+        fit(tmp_path, module, tmp_path / "moe.ckpt")
+    loaded = load_from_checkpoint(Compiled, tmp_path / "moe.ckpt", seed=3)
+    assert all("_orig_mod" in name for name in loaded.state_dict())
+    same(loaded.state_dict(), module.state_dict())
+    consolidate(tmp_path / "moe.ckpt", tmp_path / "moe")
+    same(load_moe(tmp_path / "moe").state_dict(), module.net.inner._orig_mod.state_dict())
+
+
+def test_a_recipe_names_layers_as_state_dicts_do(trained):
+    module = ForeignModule()
+    upcycle(module, small_config())
+    blocks = module.net.inner.model.layers
+    blocks[0] = checkpoint_wrapper(blocks[0])
+    assert all(any(key.startswith(name) for key in module.state_dict()) for name in moe_recipe(module)["layers"])
+    assert moe_recipe(module)["layers"].keys() == read_outline(trained[1])[0]["layers"].keys()
 
 
 def test_a_file_of_weights_only_has_the_recipe_too(tmp_path):

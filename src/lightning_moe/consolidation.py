@@ -79,6 +79,8 @@ def consolidate(
     """
     target = Path(output).expanduser()
     check_free("output", target)
+    if target.suffix == ".safetensors":
+        check_free("output", target.with_suffix(".json"))
     checkpoint = read_checkpoint(path, optimizers=target.suffix == ".ckpt")
     if target.suffix == ".ckpt":
         with replacing(target) as temporary:
@@ -106,7 +108,7 @@ def consolidate(
 def _recipe(path: str | Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     recipe = checkpoint.get(RECIPE_KEY)
     if recipe is not None:
-        return dict(recipe)
+        return {**recipe, "layers": {plain_name(name): layer for name, layer in recipe["layers"].items()}}
     if any(".experts." in name for name in checkpoint["state_dict"]):
         raise ValueError(
             f"{path} has experts, but no recipe of them: it was saved without MoEUpcycleCallback. Load its weights "

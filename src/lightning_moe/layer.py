@@ -367,6 +367,11 @@ def plain_name(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def saved_name(path: str) -> str:
+    """A module's path as state dicts have it: FSDP and checkpointing leave no trace in them, torch.compile does."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS - {"_orig_mod"})
+
+
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """Finds the MoE layers of a model, by name, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

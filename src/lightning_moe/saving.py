@@ -24,7 +24,7 @@ from lightning_moe.description import describe_model, empty_model
 from lightning_moe.experts import Experts
 from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
-from lightning_moe.layer import MoELayer, moe_layers, plain_name
+from lightning_moe.layer import MoELayer, moe_layers, plain_name, saved_name
 from lightning_moe.low_rank import LowRankExperts
 from lightning_moe.quantization import apply_four_bit, four_bit_recipe
 from lightning_moe.receipt import Expansion, Receipt
@@ -57,7 +57,7 @@ def moe_recipe(model: nn.Module, family: FFNFamily | None = None) -> dict[str, A
         "format": 1 if four_bit is None else FORMAT,
         "lightning_moe": __version__,
         "family": None if family is None else vars(family),
-        "layers": {name: _layer_recipe(name, layer) for name, layer in layers.items()},
+        "layers": {saved_name(name): _layer_recipe(name, layer) for name, layer in layers.items()},
     }
     return recipe if four_bit is None else {**recipe, "four_bit": four_bit}
 
