@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, upcycle
 from lightning_moe.blocks import loose_layers, moe_blocks, moe_modules, sharding_units
 from lightning_moe.checkpoints import read_checkpoint
-from lightning_moe.strategies import STRATEGIES
+from lightning_moe.strategies import STRATEGIES, check_strategy
 from lightning_moe.strategies.fsdp2 import _check_sharded
 
 TORCH_TWO = """{
@@ -328,11 +328,26 @@ def test_what_stands_inside_of_a_unit_is_none_itself():
     assert units(module) == ["ffn", "first"]
 
 
-def test_the_names_are_known_where_a_callback_is_imported(tmp_path):
+@pytest.mark.parametrize("imports", ["import lightning_moe", "from lightning_moe import MoEUpcycleCallback"])
+def test_the_names_are_known_after_the_import(tmp_path, imports):
     told = run_script(
-        "from lightning.pytorch.strategies import StrategyRegistry\n"
-        "from lightning_moe import MoEUpcycleCallback\n"
-        f"print(*(name in StrategyRegistry.available_strategies() for name in {sorted(STRATEGIES)}))\n",
+        f"from lightning.pytorch import Trainer\n{imports}\n"
+        "trainer = Trainer(strategy='moe_fsdp2', accelerator='cpu', devices=2, logger=False)\n"
+        "print(type(trainer.strategy).__name__)\n",
         tmp_path,
     )
-    assert told.stdout.split() == ["True"] * len(STRATEGIES)
+    assert told.stdout.split()[-1] == "MoEFSDP2Strategy"
+
+
+def test_the_torch_world_comes_without_lightning(tmp_path):
+    told = run_script("import sys, lightning_moe\nprint('lightning' in sys.modules)\n", tmp_path)
+    assert told.stdout.split() == ["False"]
+
+
+def test_a_name_that_is_none_is_told_what_was_meant():
+    with pytest.raises(
+        ValueError, match=r"'moe_fdsp2': there is none of this name\. Did you mean 'moe_fsdp2'\? Known: auto"
+    ):
+        check_strategy("moe_fdsp2")
+    for name in (*STRATEGIES, "auto", "DDP"):
+        check_strategy(name)

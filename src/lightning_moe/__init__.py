@@ -1,8 +1,10 @@
 """Turn the dense FFNs of a pretrained model into Mixture-of-Experts layers, in any Lightning Trainer.
 
-The torch world is imported at once; what needs Lightning, or `datasets`, is imported when it is first used.
+The torch world is imported at once; what needs Lightning, or `datasets`, is imported when it is first used, but for the
+strategies where Lightning is there already.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -331,3 +333,7 @@ __all__ = [
     "write_report",
     "z_loss",
 ]
+
+if "lightning.pytorch" in sys.modules:
+    # Trainers that are made from now on know our strategies by their names
+    import_module("lightning_moe.strategies")

@@ -35,7 +35,13 @@ from lightning_moe.initializers import INITIALIZERS, ROUTER_INITIALIZERS
 from lightning_moe.losses import BALANCE_LOSSES
 from lightning_moe.module import MoEModule
 from lightning_moe.routers import ROUTERS
-from lightning_moe.strategies import MoEDDPStrategy, MoEDeepSpeedStrategy, MoEFSDP2Strategy, MoEFSDPStrategy
+from lightning_moe.strategies import (
+    MoEDDPStrategy,
+    MoEDeepSpeedStrategy,
+    MoEFSDP2Strategy,
+    MoEFSDPStrategy,
+    check_strategy,
+)
 
 _CLASSES: tuple[type, ...] = (
     UpcycleConfig,
@@ -110,6 +116,12 @@ class MoECLI(LightningCLI):
         except Exception as error:
             exit_if_refused(error, getattr(self, "config", None))
             raise
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses the name of a strategy that does not exist before a model is loaded."""
+        strategy = self._get(self.config, "trainer", default={}).get("strategy")
+        if isinstance(strategy, str):
+            check_strategy(strategy)
 
 
 def main(args: ArgsType = None) -> None:
