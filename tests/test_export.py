@@ -201,7 +201,8 @@ def test_plain_transformers_loads_the_same_model(exports, name):
 def test_every_target_has_a_row():
     classes = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.target] for row in EXPORT_TARGETS}
     assert classes == {row[3] for row in ROWS.values()}
-    assert {source for row in EXPORT_TARGETS for source in row.sources} == {row[0] for row in ROWS.values()}
+    dense = {source for row in EXPORT_TARGETS for source in row.sources if source != row.target}
+    assert dense == {row[0] for row in ROWS.values()}
 
 
 @pytest.mark.parametrize("name", ON_DISK)
@@ -328,7 +329,10 @@ def test_half_precision_stays_so_bit_for_bit(tmp_path):
         (("gemma", {"attention_bias": True}, {}), "attention_bias=True"),
         (("llama", {"mlp_bias": True}, {}), "its experts have biases"),
         (("granite", {"head_dim": 16}, {}), "head_dim=16 is not"),
-        (("gpt_neox", {}, {}), "known to hold an upcycled gpt_neox .* known of gemma, granite, llama"),
+        (
+            ("gpt_neox", {}, {}),
+            "known to hold an upcycled gpt_neox .* known of dots1, flex_olmo, gemma, granite, llama",
+        ),
         (("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}), "partial_rotary_factor"),
     ],
     ids=lambda case: "" if isinstance(case, str) else case[0],

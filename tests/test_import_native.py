@@ -24,12 +24,15 @@ from lightning_moe import (
     ZeroShotEvalCallback,
     attach_native,
     export_to_hf,
+    import_native,
     moe_layers,
     record_routing,
     routed_layers,
+    save_moe,
     upcycle,
 )
 from lightning_moe.cli import main
+from lightning_moe.module import load_model
 
 E = 5
 SIZES = {
@@ -201,3 +204,112 @@ def test_training_goes_on_with_the_same_gradients(tmp_path, kind):
         for own, theirs in pairs:
             assert own.grad.abs().max() > 0
             assert (own.grad - theirs.grad).abs().max() <= 1e-5 * own.grad.abs().max()
+
+
+# --- native blocks as our layers ---
+
+IMPORTED = {
+    **MODELS,
+    "Qwen3MoeForCausalLM": {**MODELS["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "FlexOlmoForCausalLM": {"num_experts": E},
+    "Dots1ForCausalLM": {**MODELS["Glm4MoeForCausalLM"], "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    "DeepseekV3ForCausalLM": {
+        "n_routed_experts": 8, "moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "n_group": 2, "topk_group": 1, "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+every_imported = pytest.mark.parametrize("kind", IMPORTED)
+
+
+def native_model(kind, **changes):
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class(**{**SIZES, **IMPORTED.get(kind, {}), **changes})
+    torch.manual_seed(0)
+    model = model_class._from_config(config, experts_implementation="eager")
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(tensor, std=0.3)
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
+    return model.eval()
+
+
+@every_imported
+def test_imported_blocks_compute_and_learn_the_same(kind):
+    native, ours = native_model(kind), native_model(kind)
+    attach_native(native)
+    names = import_native(ours)
+    assert list(moe_layers(ours)) == list(names) == list(routed_layers(native))
+    batch = batches(1)[0]
+    for model in (native, ours):
+        with record_routing() as window:
+            out = model(**batch)
+        out.loss.backward()
+        model.seen = out.logits.detach(), {name: routing.expert_ids for name, routing in window.items()}
+    (logits, ids), (our_logits, our_ids) = native.seen, ours.seen
+    assert (logits - our_logits).abs().max() <= 1e-5 * logits.abs().max()
+    for name in names:
+        assert torch.equal(ids[name].view(-1, 2).sort(-1).values, our_ids[name].view(-1, 2).sort(-1).values)
+        block, layer = native.get_submodule(name), ours.get_submodule(name)
+        pairs = [
+            (block.gate.weight, layer.router.gate),
+            (block.experts.gate_up_proj, layer.experts.gate_up_proj),
+            (block.experts.down_proj, layer.experts.down_proj),
+        ]
+        if layer.shared_experts is not None:
+            pairs.append((block.shared_experts.down_proj.weight, layer.shared_experts.down_proj[0]))
+        for theirs, own in pairs:
+            # of a parameter the gradient, of a view of one that of the parameter
+            grad = own.grad if own.is_leaf else layer.shared_experts.down_proj.grad[0]
+            assert theirs.grad.abs().max() > 0
+            assert (theirs.grad - grad).abs().max() <= 1e-5 * theirs.grad.abs().max()
+
+
+@every_imported
+def test_an_imported_model_is_saved_and_loaded_in_both_formats(kind, tmp_path):
+    model = native_model(kind)
+    import_native(model)
+    moe_layers(model)["model.layers.1.mlp"].router.top_k = 3
+    ids = batches(1)[0]["input_ids"]
+    save_moe(model, tmp_path / "saved")
+    told = export_to_hf(model, tmp_path / "own", target="lightning_moe")
+    assert told.class_name == f"Upcycled{kind}"
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        for path in ("saved", "own"):
+            loaded = load_model(str(tmp_path / path), "AutoModelForCausalLM", "auto")
+            assert list(moe_layers(loaded)) == list(moe_layers(model))
+            assert torch.equal(loaded(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    "kind", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM"]
+)
+def test_an_imported_model_goes_back_where_it_came_from(kind, tmp_path):
+    native, ours = native_model(kind), native_model(kind)
+    import_native(ours)
+    assert export_to_hf(ours, tmp_path / "out").class_name == kind
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    assert again.state_dict().keys() == native.state_dict().keys()
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, native.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("Qwen2MoeForCausalLM", {"num_experts": E, "moe_intermediate_size": 12}, "has a gate of its own"),
+        ("GptOssForCausalLM", {"num_local_experts": E}, "are not stacked SwiGLU FFNs without biases"),
+        ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "set router_jitter_noise=0"),
+        ("PhimoeForCausalLM", {"num_local_experts": E}, "Phimoe.* is not what our layer computes|is known to route"),
+        ("LlamaForCausalLM", {}, "has no MoE blocks whose router is known"),
+    ],
+)
+def test_blocks_that_are_no_layer_of_ours_are_left_alone(kind, changes, words):
+    model = native_model(kind, **changes)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=words) as refused:
+        import_native(model)
+    assert "docs/native.md" in str(refused.value) or "jitter" in words
+    assert [type(module) for module in model.modules()] == before

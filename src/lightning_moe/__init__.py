@@ -94,6 +94,7 @@ from lightning_moe.metrics import (
     VocabularySpecialization,
 )
 from lightning_moe.native import attach_native, detach_native, routed_layers
+from lightning_moe.native_import import import_native
 from lightning_moe.quantization import Quantization, dequantize, quantize_frozen
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import (
@@ -318,6 +319,7 @@ __all__ = [
     "expert_load",
     "export_to_hf",
     "find_ffns",
+    "import_native",
     "limit_capacity",
     "load_balancing_loss",
     "load_from_checkpoint",

@@ -109,6 +109,8 @@ class _Upcycled(nn.Module):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the recipe of the layers as they are by now."""
         self.config.moe_recipe = moe_recipe(self) | {"family": self.config.moe_recipe["family"]}
+        # names as they are in the model: what the dense class calls them on disk is not looked for when it is loaded
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -218,7 +218,13 @@ def _shared_fits(found: Upcycled) -> Iterable[str]:
 EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ExportTarget(
         target="mixtral",
-        sources={"llama": _no_bias, "mistral": _anything, "phi3": _phi3_fits, "gemma": _gemma_fits},
+        sources={
+            "llama": _no_bias,
+            "mistral": _anything,
+            "phi3": _phi3_fits,
+            "gemma": _gemma_fits,
+            "mixtral": _anything,
+        },
         routing="softmax",
         settings=_mixtral_settings,
         block=mixtral_block,
@@ -226,7 +232,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ),
     ExportTarget(
         target="qwen3_moe",
-        sources={"qwen3": _no_window},
+        sources={"qwen3": _no_window, "qwen3_moe": _anything},
         routing="softmax",
         unnormalized=True,
         dense_blocks="any",
@@ -235,7 +241,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ),
     ExportTarget(
         target="flex_olmo",
-        sources={"olmo2": _anything},
+        sources={"olmo2": _anything, "flex_olmo": _anything},
         routing="softmax",
         unnormalized=True,
         settings=lambda found: (
@@ -255,7 +261,7 @@ EXPORT_TARGETS: tuple[ExportTarget, ...] = (
     ),
     ExportTarget(
         target="dots1",
-        sources={"qwen3": _shared_fits},
+        sources={"qwen3": _shared_fits, "dots1": _shared_fits},
         routing="sigmoid",
         shared="may",
         unnormalized=True,

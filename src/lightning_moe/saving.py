@@ -7,7 +7,7 @@ in every Lightning checkpoint.
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,8 @@ from lightning_moe.ffn import FFNFamily, FFNWeights
 from lightning_moe.initializers import CopyInit, ExpertInit, FFNStates, LowRankInit
 from lightning_moe.layer import MoELayer, moe_layers, plain_name, saved_name
 from lightning_moe.low_rank import LowRankExperts
+from lightning_moe.native import native_blocks
+from lightning_moe.native_import import replace_native
 from lightning_moe.quantization import apply_four_bit, four_bit_recipe
 from lightning_moe.receipt import Expansion, Receipt
 from lightning_moe.routers import ROUTERS, Router
@@ -115,8 +117,15 @@ def apply_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
             f"{__version__} reads up to {FORMAT}. Upgrade lightning-moe."
         )
     family = None if recipe["family"] is None else FFNFamily(**recipe["family"])
+    natives = set(native_blocks(model)) & set(recipe["layers"])
+    if natives:
+        replace_native(model, {name: _router_of(recipe["layers"][name]) for name in natives})
+    for name in natives:
+        moe_layers(model)[name].capacity_factor = recipe["layers"][name].get("capacity_factor")
     built: dict[str, tuple[Any, ...]] = {}
     for name, layer in recipe["layers"].items():
+        if name in natives:
+            continue
         key = json.dumps(
             {part: value for part, value in layer.items() if not part.endswith("expert_size")}, sort_keys=True
         )
@@ -132,20 +141,24 @@ def _config_of(
     layer: dict[str, Any], names: list[str], layers: dict[str, dict[str, Any]], family: FFNFamily | None
 ) -> UpcycleConfig:
     # one configuration serves all layers that differ in their widths only
-    router_class, arguments = _router_class(layer["router"]["class_path"]), layer["router"]["init_args"]
-
-    def router(hidden_size: int, num_experts: int) -> Router:
-        return router_class(hidden_size, num_experts, **arguments)
-
     return UpcycleConfig(
         num_experts=layer["num_experts"],
-        router=router,
+        router=_router_of(layer),
         init=_AsSaved(layers),
         num_shared_experts=layer.get("num_shared_experts", 0),
         capacity_factor=layer.get("capacity_factor"),
         layers=names,
         family=family,
     )
+
+
+def _router_of(layer: dict[str, Any]) -> Callable[[int, int], Router]:
+    router_class, arguments = _router_class(layer["router"]["class_path"]), layer["router"]["init_args"]
+
+    def router(hidden_size: int, num_experts: int) -> Router:
+        return router_class(hidden_size, num_experts, **arguments)
+
+    return router
 
 
 def unfilled(config: UpcycleConfig) -> UpcycleConfig:

@@ -136,7 +136,7 @@ def _build(
 ) -> float | None:
     # Puts the planned layers in and returns the mean similarity of their experts. A dense FFN is let go of as soon as
     # its layer stands, but where building the next one could fail.
-    contexts = _share_contexts(model, {name: plan.layer for name, plan in plans.items()})
+    contexts = share_contexts(model, {name: plan.layer for name, plan in plans.items()})
     streams = _works_from_shapes(plans, dense, states)
     similarities = []
     for name in progress(tuple(plans)):
@@ -190,8 +190,12 @@ def _put_in(model: nn.Module, name: str, layer: MoELayer, absorbed: Sequence[str
         _replace(model, part, nn.Identity())
 
 
-def _share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tuple[TokenContext, nn.Module]]:
-    # each layer listens to the innermost text model around it
+def share_contexts(model: nn.Module, layers: Mapping[str, MoELayer]) -> list[tuple[TokenContext, nn.Module]]:
+    """Gives each layer the context of the innermost text model around it, which it shares with the others there.
+
+    Returns:
+        The contexts, and what each is to watch once the layers are in.
+    """
     contexts: dict[str | None, TokenContext] = {}
     members: dict[str | None, list[MoELayer]] = {}
     modules = dict(model.named_modules())
