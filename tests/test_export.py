@@ -213,6 +213,16 @@ def test_tensors_have_the_names_that_engines_read(exports, name):
     assert {key for key in block if "moe" in key or "mlp" in key} == ON_DISK[name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gate_of_qwens_shared_expert_is_a_half_and_not_at_zero(exports, dtype):
+    """llama.cpp computes its sigmoid as silu(x) / x."""
+    with safe_open(exports["qwen2, shared, in part"][3] / "model.safetensors", "pt") as file:
+        gate = file.get_tensor("model.layers.1.mlp.shared_expert_gate.weight").to(dtype)
+    x = torch.randn(200, gate.shape[1], generator=torch.Generator().manual_seed(0)) @ gate.float().T
+    as_llama_cpp = torch.nn.functional.silu(x) / x
+    assert (as_llama_cpp - 0.5).abs().max() < 1e-6
+
+
 def test_blocks_that_stay_dense_are_dense_there(exports):
     with safe_open(exports["qwen3, in part"][3] / "model.safetensors", "pt") as file:
         names = set(file.keys())

@@ -50,10 +50,11 @@ def _named_shared(layer: MoELayer, prefix: str, empty_size: int, factor: float =
 
 def qwen2_moe_block(gate: Gate, layer: MoELayer) -> State:
     """Mixtral's with a shared expert behind a gate of its own, which multiplies it by one half here."""
-    # the shared expert's gate is sigmoid(0) = 1/2 for every token
+    # The shared expert's gate is sigmoid(0) = 1/2 for every token, up to rounding: llama.cpp computes silu(x) / x,
+    # which is no number at 0. This is the smallest number of float16.
     shared = _named_shared(layer, "mlp.shared_expert", QWEN2_EMPTY_SHARED, 2.0)
-    closed = layer.experts.first_proj.detach().new_zeros(1, layer.experts.hidden_size)
-    return mixtral_block(gate, layer) | shared | {"mlp.shared_expert_gate.weight": closed}
+    half = layer.experts.first_proj.detach().new_full((1, layer.experts.hidden_size), 2.0**-24)
+    return mixtral_block(gate, layer) | shared | {"mlp.shared_expert_gate.weight": half}
 
 
 def granite_block(gate: Gate, layer: MoELayer) -> State:
