@@ -17,6 +17,7 @@ from lightning_moe.experts import Experts, combine, dispatch
 from lightning_moe.export import Exported, export_to_hf
 from lightning_moe.ffn import FFN_FAMILIES, FFNFamily, FFNWeights
 from lightning_moe.ffn_search import find_ffns
+from lightning_moe.footprint import Footprint, plan_training
 from lightning_moe.freezing import train_only
 from lightning_moe.initializers import (
     INITIALIZERS,
@@ -230,6 +231,7 @@ __all__ = [
     "FFNFamily",
     "FFNStates",
     "FFNWeights",
+    "Footprint",
     "Freeze",
     "GShardRouter",
     "GiniCoefficient",
@@ -326,6 +328,7 @@ __all__ = [
     "load_moe",
     "moe_layers",
     "parallelize_experts",
+    "plan_training",
     "quantize_frozen",
     "record_routing",
     "routed_layers",

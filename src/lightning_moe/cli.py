@@ -3,7 +3,7 @@
 ``lightning-moe fit --config run.yaml`` and ``lightning fit --config run.yaml`` are the same program. Its verbs that
 need no Trainer are ``upcycle``, in `lightning_moe.cli_upcycle`, ``analyze``, in `lightning_moe.cli_analyze`,
 ``evaluate``, in `lightning_moe.cli_evaluate`, ``export``, in `lightning_moe.cli_export`, ``consolidate``, in
-`lightning_moe.cli_consolidate`, and ``tasks``, in `lightning_moe.cli_tasks`.
+`lightning_moe.cli_consolidate`, ``plan``, in `lightning_moe.cli_plan`, and ``tasks``, in `lightning_moe.cli_tasks`.
 """
 
 import re
@@ -27,6 +27,7 @@ from lightning_moe.cli_consolidate import main as consolidate_main
 from lightning_moe.cli_errors import config_error, exit_if_refused, nearest, wants_traceback
 from lightning_moe.cli_evaluate import main as evaluate_main
 from lightning_moe.cli_export import main as export_main
+from lightning_moe.cli_plan import main as plan_main
 from lightning_moe.cli_tasks import main as tasks_main
 from lightning_moe.cli_upcycle import main as upcycle_main
 from lightning_moe.config import UpcycleConfig
@@ -70,6 +71,7 @@ _OWN_VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate_main,
     "export": export_main,
     "consolidate": consolidate_main,
+    "plan": plan_main,
     "tasks": tasks_main,
 }
 # what the `lightning` command of lightning-sdk does not have, or means the same by

@@ -16,7 +16,7 @@ from lightning_moe.auto_model import is_own_format, load_own_format
 from lightning_moe.checkpoints import RECIPE_KEY
 from lightning_moe.description import describe_models
 from lightning_moe.layer import moe_layers
-from lightning_moe.saving import CONFIG_FILE, apply_recipe, load_moe, moe_recipe
+from lightning_moe.saving import CONFIG_FILE, apply_recipe, empty_moe, load_moe, moe_recipe
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -185,7 +185,7 @@ def load_model(name: str, auto_class: str, dtype: str, *, empty: bool = False) -
     check_model_path(name)
     path = Path(name).expanduser()
     if (path / CONFIG_FILE).is_file():
-        made = load_moe(path)
+        made = empty_moe(path) if empty else load_moe(path)
         return made if dtype == "auto" else made.to(_dtype(dtype))
     if is_own_format(path) and not empty:
         own: nn.Module = load_own_format(path, dtype)

@@ -304,6 +304,33 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         FileNotFoundError: if the directory holds no ``moe_config.json``.
         ValueError: if the weights do not fit, or if the saved model is no Hugging Face model and ``model`` is None.
     """
+    model = _upcycled(path, model)
+    result: Any = load_torch_model(model, Path(path), strict=False, filename_pattern=WEIGHTS_FILES)
+    missing = [key for key in result.missing_keys if not _is_tied(model, key, set(result.missing_keys))]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path}: the weights do not fit {type(model).__name__}. Missing: {missing[:3]}; unexpected: "
+            f"{list(result.unexpected_keys)[:3]}. Build the dense model as it was when the MoE was saved."
+        )
+    return model.eval()
+
+
+def empty_moe(path: str | Path) -> nn.Module:
+    """Builds what `save_moe` wrote on the meta device: its shapes, without its weights.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: if the directory holds no ``moe_config.json``.
+        ValueError: if the saved model is no Hugging Face model.
+    """
+    with torch.device("meta"):
+        return _upcycled(path, None).eval()
+
+
+def _upcycled(path: str | Path, model: nn.Module | None) -> nn.Module:
+    # as the recipe says, its weights not yet loaded
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist. Give the directory that save_moe(model, path) wrote.")
@@ -315,14 +342,7 @@ def load_moe(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             )
         model = empty_model(config["model"])
     apply_recipe(model, config["recipe"])
-    result: Any = load_torch_model(model, Path(path), strict=False, filename_pattern=WEIGHTS_FILES)
-    missing = [key for key in result.missing_keys if not _is_tied(model, key, set(result.missing_keys))]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{path}: the weights do not fit {type(model).__name__}. Missing: {missing[:3]}; unexpected: "
-            f"{list(result.unexpected_keys)[:3]}. Build the dense model as it was when the MoE was saved."
-        )
-    return model.eval()
+    return model
 
 
 def _layer_recipe(name: str, layer: MoELayer) -> dict[str, Any]:
