@@ -1,12 +1,13 @@
 """Holds the planner's memory against the peak that training really has, on small Llamas upcycled to experts.
 
-Each case is trained for three steps by a `Trainer` in a process of its own, on the CPU. Measured is the highest resident
-set (VmHWM) above what the process held after its imports and a first, tiny run. The C library gives freed blocks back
-(``MALLOC_...``), and oneDNN keeps no primitives and none of its bfloat16 kernels: on the CPU their scratch memory, which
-no GPU has, is as large as the activations. ``--onednn`` leaves it as it is.
+Each case is trained for three steps by a `Trainer` in a process of its own, on the CPU. Measured is the highest
+resident set (VmHWM) above what the process held after its imports and a first, tiny run. The C library gives freed
+blocks back (``MALLOC_...``), and oneDNN keeps no primitives and uses none of its bfloat16 kernels: their scratch memory
+on the CPU, which no GPU has, is as large as the activations. ``--onednn`` leaves it as it is.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -129,10 +130,11 @@ def train(case: Case) -> None:
 
 
 def measured(case: Case) -> int:
-    """The peak above the baseline in bytes; the process must be a fresh one."""
+    """The peak in this process above the baseline, in bytes."""
     torch.set_num_threads(1)
     tiny = Case(64, 128, 1, 101, 2, 1, 16, case.precision, case.checkpointing, case.rank)
     train(tiny)
+    gc.collect()
     # the peak is to be that of what follows
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -140,14 +142,14 @@ def measured(case: Case) -> int:
     return _status("VmHWM") - before
 
 
-def measured_apart(case: Case, *, onednn: bool = False) -> int:
-    """`measured`, in a process of its own."""
+def measured_apart(*cases: Case, onednn: bool = False) -> list[int]:
+    """`measured`, one after the other in a process of their own."""
     settings = {**os.environ, **FREED_GOES_BACK, **({} if onednn else PLAIN_ONEDNN)}
-    command = [sys.executable, __file__, "--measure", json.dumps(asdict(case))]
+    command = [sys.executable, __file__, "--measure", json.dumps([asdict(case) for case in cases])]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return int(done.stdout.split()[-1])
+    return [int(peak) for peak in done.stdout.splitlines()[-len(cases) :]]
 
 
 def _status(key: str) -> int:
@@ -161,14 +163,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the three small cases of the tests")
     parser.add_argument("--onednn", action="store_true", help="with oneDNN's caches and bfloat16 kernels")
-    parser.add_argument("--measure", type=json.loads, help="only measure this case in this process and print the bytes")
+    parser.add_argument(
+        "--measure", type=json.loads, help="only measure these cases in this process and print the bytes"
+    )
     options = parser.parse_args()
     if options.measure is not None:
-        print(measured(Case(**options.measure)))
+        for case in options.measure:
+            print(measured(Case(**case)), flush=True)
         return
     found, start, cases = environment(1), time.time(), []
     for name, case in (SMALL if options.quick else CASES).items():
-        plan, peak = planned(case), measured_apart(case, onednn=options.onednn)
+        plan, (peak,) = planned(case), measured_apart(case, onednn=options.onednn)
         ratio = round(plan["total"] / peak, 4)
         cases.append({"name": name, **asdict(case), "planned": plan, "measured": peak, "planned_over_measured": ratio})
         print(f"{name}: planned {plan['total'] / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB, {ratio:.3f}", flush=True)

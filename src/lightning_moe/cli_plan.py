@@ -30,7 +30,7 @@ def plan_checkpoint(
     init: ExpertInit | None = None,
     layers: str = "all",
     gpus: int = 1,
-    memory: float = 80.0,
+    memory: int | float = 80.0,
     precision: Precision = "bf16-mixed",
     optimizer: OptimizerKind = "adamw",
     activation_checkpointing: bool = False,

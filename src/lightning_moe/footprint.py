@@ -77,7 +77,7 @@ def plan_training(
     model: nn.Module,
     *,
     gpus: int = 1,
-    memory: float = 80.0,
+    memory: int | float = 80.0,
     precision: Precision = "bf16-mixed",
     optimizer: OptimizerKind = "adamw",
     activation_checkpointing: bool = False,

@@ -46,7 +46,7 @@ class TokenOperations:
         self._fixed_training = sum(_operations(p) * p.numel() for p in multiplied) + 4 * four_bit - experts
         self._attention = _attention_width(module)
 
-    def forward(self, active: Sequence[float], sequence_length: int) -> float:
+    def forward(self, active: Sequence[int | float], sequence_length: int) -> float:
         """Operations per token of a forward.
 
         Args:
@@ -56,7 +56,7 @@ class TokenOperations:
         routed = sum(number * cost for number, cost in zip(active, self._forward, strict=True))
         return float(self._fixed_forward + routed + 4 * self._attention * sequence_length)
 
-    def training(self, active: Sequence[float], sequence_length: int) -> float:
+    def training(self, active: Sequence[int | float], sequence_length: int) -> float:
         """Operations per token of a forward and a backward; the arguments are those of `forward`."""
         routed = sum(number * cost for number, cost in zip(active, self._training, strict=True))
         return float(self._fixed_training + routed + 12 * self._attention * sequence_length)

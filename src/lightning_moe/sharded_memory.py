@@ -1,7 +1,7 @@
 """The bytes of a training step on each of several devices, by what a strategy divides among them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 import torch
@@ -58,6 +58,7 @@ class Kept:
         buffers: bytes of all buffers, which no strategy divides.
         gradients: bytes of all gradients.
         optimizer: bytes of the states.
+        optimizer_of_masters: bytes of float32 weights beside the model's own, and of their states.
         trainable: number of parameters that train.
         block: bytes of the parameters of the largest block.
         block_experts: of these, those of its routed experts.
@@ -70,6 +71,7 @@ class Kept:
     buffers: int
     gradients: int
     optimizer: int
+    optimizer_of_masters: int
     trainable: int
     block: int
     block_experts: int
@@ -105,6 +107,7 @@ def kept(
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         gradients=sum(p.numel() for p in trainable) * dtype.itemsize,
         optimizer=ceil(sum(_states(p.numel(), optimizer, dtype) for p in trainable)),
+        optimizer_of_masters=ceil(sum(4 * p.numel() + _states(p.numel(), optimizer, torch.float32) for p in trainable)),
         trainable=sum(p.numel() for p in trainable),
         block=weight(largest.parameters()),
         block_experts=weight(p for p in largest.parameters() if id(p) in experts),
@@ -155,16 +158,16 @@ def with_zero(stays: Kept, moments: Sequence[Moment], num_devices: int, dtype: t
         stays: of the whole model in the dtype that DeepSpeed computes in.
         moments: of a device's own batch in this dtype.
         num_devices: N.
-        dtype: in half precision the optimizer has the weights in float32 besides.
+        dtype: in half precision the optimizer has the weights in float32 besides, and its states are theirs.
     """
-    masters = 4 * stays.trainable if dtype.itemsize == 2 else 0
+    stays = replace(stays, optimizer=stays.optimizer_of_masters) if dtype.itemsize == 2 else stays
     bucket = min(stays.trainable, _ZERO_BUCKET) * dtype.itemsize + stays.written_out
     whole = stays.around + 2 * stays.block + stays.block_gradients
     found = []
     for stage in (1, 2, 3):
         parts = num_devices if stage == 3 else 1, num_devices if stage > 1 else 1, num_devices
         gathered = bucket + (whole if stage == 3 else 0)
-        found.append(_at_peak(f"ZeRO {stage}", stays, moments, *parts, gathered=gathered, masters=masters))
+        found.append(_at_peak(f"ZeRO {stage}", stays, moments, *parts, gathered=gathered))
     return found
 
 
@@ -177,7 +180,6 @@ def _at_peak(
     over_optimizer: int = 1,
     *,
     gathered: int,
-    masters: int = 0,
 ) -> Memory:
     def gradients(moment: Moment) -> int:
         # Lightning lets go of the last step's gradients between forward and backward
@@ -191,7 +193,7 @@ def _at_peak(
         strategy=strategy,
         weights=ceil(stays.parameters / over_weights) + stays.buffers,
         gradients=gradients(peak),
-        optimizer=ceil((stays.optimizer + masters) / over_optimizer),
+        optimizer=ceil(stays.optimizer / over_optimizer),
         activations=peak.activations,
         logits=peak.logits,
         weight_copies=peak.weight_copies,
@@ -199,7 +201,7 @@ def _at_peak(
     )
 
 
-def _states(num_elements: int, optimizer: str, dtype: torch.dtype) -> float:
+def _states(num_elements: int, optimizer: str, dtype: torch.dtype) -> int | float:
     if optimizer == "sgd":
         return num_elements * dtype.itemsize
     if optimizer == "adamw":

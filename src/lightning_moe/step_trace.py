@@ -81,11 +81,11 @@ def trace_step(
     copy, marked = _without_data(model, mode, dtype, {id(parameter) for parameter in recast})
     if activation_checkpointing:
         _checkpoint(copy)
-    vocabulary = copy.config.get_text_config().vocab_size if hasattr(copy, "config") else None
+    ledger = _Ledger(copy, marked, copy.config.get_text_config().vocab_size)
     try:
         with mode:
             ids = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-            with _Ledger(copy, marked, vocabulary) as ledger:
+            with ledger:
                 # autocast keeps no copies beyond its block, as Lightning's around the training step
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                     loss = copy(input_ids=ids, labels=ids).loss
@@ -126,7 +126,7 @@ def _checkpoint(model: Any) -> None:
 
 class _Ledger(TorchDispatchMode):
     # the bytes of all storages alive, by what they hold
-    def __init__(self, model: nn.Module, recast: set[int], vocabulary: int | None) -> None:
+    def __init__(self, model: nn.Module, recast: set[int], vocabulary: int) -> None:
         super().__init__()
         self.moments: list[Moment] = []
         self.backward = False
@@ -134,9 +134,11 @@ class _Ledger(TorchDispatchMode):
         self._alive: Counter[str] = Counter()
         self._kinds: dict[int, str] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
+        # of the tensors that say where each expert's rows end, the number of all rows
+        self._ends: dict[int, int] = {}
         # the storages must stay in Python's hands: their addresses are their names here
-        self._known = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *model.buffers())}
-        self._recast = {t.untyped_storage()._cdata for t in model.parameters() if id(t) in recast}
+        self._known = {_key(t): t for t in (*model.parameters(), *model.buffers())}
+        self._recast = {_key(t) for t in model.parameters() if id(t) in recast}
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
@@ -144,21 +146,30 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default and (rows := self._ends.get(_key(args[0]))):
+            # where one expert's rows end, as the loop over experts asks: each has the same share
+            experts = args[0].untyped_storage().nbytes() // args[0].element_size()
+            return (args[0].storage_offset() + 1) * rows // experts
         # fake tensors have no float32 grouped GEMM yet
-        compute = _grouped_mm if func is torch.ops.aten._grouped_mm.default else func
+        compute = _grouped_mm if func is aten._grouped_mm.default else func
         out = compute(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor, func, args)
+        if func is aten.searchsorted.Tensor:
+            self._ends[_key(out)] = args[0].numel()
+        elif func is aten._to_copy.default and (rows := self._ends.get(_key(args[0]))):
+            self._ends[_key(out)] = rows
         return out
 
     def _note(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = _key(tensor), storage.nbytes()
         if key in self._watched or key in self._known:
             return
         kind = "activations"
-        if func is torch.ops.aten._to_copy.default and (source := args[0].untyped_storage()._cdata) in self._known:
+        if func is torch.ops.aten._to_copy.default and (source := _key(args[0])) in self._known:
             kind = "recast" if source in self._recast else "weight_copies"
         elif tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
             kind = "logits"
@@ -168,21 +179,27 @@ class _Ledger(TorchDispatchMode):
 
     def _forget(self, key: int, size: int, reference: Any) -> None:
         del self._watched[key]
+        self._ends.pop(key, None)
         self._alive[self._kinds.pop(key)] -= size
 
     def _note_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        storage = parameter.grad.untyped_storage()
-        if (kind := self._kinds.get(storage._cdata)) is not None:
-            self._alive[kind] -= storage.nbytes()
-            self._alive["gradients"] += storage.nbytes()
-            self._kinds[storage._cdata] = "gradients"
+        key, size = _key(parameter.grad), parameter.grad.untyped_storage().nbytes()
+        if (kind := self._kinds.get(key)) is not None:
+            self._alive[kind] -= size
+            self._alive["gradients"] += size
+            self._kinds[key] = "gradients"
             self._record()
 
     def _record(self) -> None:
         alive = self._alive
         held = (alive[kind] for kind in ("gradients", "weight_copies", "logits", "activations"))
         self.moments.append(Moment(self.backward, *held))
+
+
+def _key(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
