@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning_fixtures import batches, loader, small_config, trainer_of
 from strategy_fixtures import STEPS, Descending
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -23,7 +22,6 @@ from lightning_moe.layer import plain_name
 
 # Two processes each, on the CPU. A row meets every other one in test_checkpoint_pairs.py, and one process.
 STRATEGIES = {
-    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "moe_ddp": lambda: MoEDDPStrategy(process_group_backend="gloo"),
     "moe_fsdp": MoEFSDPStrategy,
     "moe_fsdp_directory": lambda: MoEFSDPStrategy(state_dict_type="sharded"),

@@ -142,16 +142,16 @@ def whole(trainer, folder):
     return {k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()}
 
 
-def explore(folder, strategies, ranks=2):
+def explore(folder, strategies):
     """Trains with each strategy, plainly, with clipping and with accumulation; rank 0 writes what came out."""
     torch.set_num_threads(1)
     found = {}
     for name, make in strategies.items():
         loads = []
         stop = observe_routing(lambda layer, routing, losses, loads=loads: loads.append(expert_load(routing)))
-        trainer, module, gradients = fit(folder, make(), ranks=ranks)
+        trainer, module, gradients = fit(folder, make())
         stop()
-        told = [None] * ranks
+        told = [None, None]
         dist.all_gather_object(told, (module.losses, torch.stack(loads)))
         found[name] = {
             "losses": [loss for step in zip(*(losses for losses, _ in told), strict=True) for loss in step],
@@ -160,11 +160,11 @@ def explore(folder, strategies, ranks=2):
             "logged": logged(trainer.logger.log_dir) if trainer.is_global_zero else {},
             "weights": whole(trainer, folder),
             "local": {name: tuple(p.shape) for name, p in _local(module)},
-            "clipped": whole(fit(folder, make(), clip=CLIP, ranks=ranks)[0], folder),
-            "accumulated": whole(fit(folder, make(), accumulate=2, biased=True, ranks=ranks)[0], folder),
-            "recomputed": whole(fit(folder, make(), recompute=True, ranks=ranks)[0], folder),
-            "native": None if "parallel" in name else whole(fit(folder, make(), native=True, ranks=ranks)[0], folder),
-            "global": whole(fit(folder, make(), scope="global_batch", ranks=ranks)[0], folder),
+            "clipped": whole(fit(folder, make(), clip=CLIP)[0], folder),
+            "accumulated": whole(fit(folder, make(), accumulate=2, biased=True)[0], folder),
+            "recomputed": whole(fit(folder, make(), recompute=True)[0], folder),
+            "native": None if "parallel" in name else whole(fit(folder, make(), native=True)[0], folder),
+            "global": whole(fit(folder, make(), scope="global_batch")[0], folder),
         }
         dist.barrier()
     if trainer.is_global_zero:
@@ -180,9 +180,10 @@ def go_on(folder, strategies):
     trainer.save_checkpoint(f"{folder}/foreign.ckpt")
     for name, make in strategies.items():
         path = f"{folder}/{name}.ckpt"
+        trainer, *_ = fit(folder, make())
         for _ in range(2):
             # the second time over the first
-            fit(folder, make())[0].save_checkpoint(path)
+            trainer.save_checkpoint(path)
         straight = whole(fit(folder, make(), epochs=2)[0], folder)
         try:
             fit(folder, make(), ckpt_path=f"{folder}/foreign.ckpt")
@@ -198,14 +199,31 @@ def go_on(folder, strategies):
     dist.barrier()
 
 
+def spread(folder, strategies):
+    """Trains with each strategy on four ranks, plainly and with clipping."""
+    torch.set_num_threads(1)
+    found = {}
+    for name, make in strategies.items():
+        trainer, module, gradients = fit(folder, make(), ranks=4)
+        found[name] = {
+            "gradients": gradients,
+            "weights": whole(trainer, folder),
+            "local": {name: tuple(p.shape) for name, p in _local(module)},
+            "clipped": whole(fit(folder, make(), clip=CLIP, ranks=4)[0], folder),
+        }
+    if trainer.is_global_zero:
+        Path(folder, "result.pkl").write_bytes(pickle.dumps(found))
+    dist.barrier()
+
+
 def _local(module):
     for name, parameter in module.named_parameters():
         yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def explored(folder, strategies, ranks=2, environment=None, function="explore"):
+def explored(folder, strategies, environment=None, function="explore"):
     """Runs `explore`, or another, in processes of its own; `strategies` is the text of a dictionary of functions."""
     text = f"import sys\nfrom lightning_moe import *\nfrom strategy_fixtures import {function}\n"
-    text += f"{function}(sys.argv[1], {strategies}{f', {ranks}' if function == 'explore' else ''})\n"
+    text += f"{function}(sys.argv[1], {strategies})\n"
     run_script(text, folder, folder, timeout=240, environment=environment)
     return pickle.loads(Path(folder, "result.pkl").read_bytes())

@@ -190,7 +190,8 @@ def test_all_that_the_callback_takes_can_be_written_in_yaml(cli):
 def test_the_programs_optimizer_trains_every_expert_and_router(cli, schedule):
     """LightningCLI makes it before the upcycling, over the dense parameters."""
     watch = Watch()
-    arguments = ["--optimizer", "AdamW", "--optimizer.lr", "0.01"]
+    # by its path: bitsandbytes, which another test may have imported, has an AdamW too
+    arguments = ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.01"]
     if schedule:
         arguments += ["--lr_scheduler", "CosineAnnealingLR", "--lr_scheduler.T_max", "10"]
     with pytest.warns(UserWarning, match="will be overridden"):

@@ -121,12 +121,19 @@ def test_strategies_divide_what_they_say():
     model, N = llama(), 4
     rows = {row.strategy: row for row in plan_float32(model, gpus=N, expert_parallel_size=2).memory}
     number, buffers = sum(p.numel() for p in model.parameters()), sum(b.nbytes for b in model.buffers())
-    divided = {"single GPU": (1, 1), "ddp": (1, 1), "fsdp, fsdp2": (N, N), "fsdp2, experts over 2": (N, N)}
+    divided = {
+        "single GPU": (1, 1),
+        "ddp": (1, 1),
+        "moe_ddp": (1, 1),
+        "fsdp, fsdp2": (N, N),
+        "fsdp2, experts over 2": (N, N),
+    }
     divided |= {"ZeRO 1": (1, N), "ZeRO 2": (1, N), "ZeRO 3": (N, N)}
     assert {name: (row.weights - buffers, row.optimizer) for name, row in rows.items()} == {
         name: (4 * number / weights, 8 * number / states) for name, (weights, states) in divided.items()
     }
     assert rows["ddp"].gathered == 4 * number
+    assert rows["moe_ddp"].gathered == 0
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     experts = sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
     around = number - 3 * block
@@ -164,7 +171,7 @@ def test_a_native_model_is_planned_as_it_is():
         model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=1, **SIZES))
     footprint = plan_float32(model, gpus=2, expert_parallel_size=2)
     assert footprint.parameters - footprint.active_parameters == 3 * 3 * 3 * 32 * 48
-    assert len(footprint.memory) == 7
+    assert len(footprint.memory) == 8
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -115,7 +115,7 @@ def plan_training(
         ...     model = LlamaForCausalLM(config)
         >>> footprint = plan_training(model, gpus=2, precision="32-true", sequence_length=16)
         >>> [row.strategy for row in footprint.memory]
-        ['single GPU', 'ddp', 'fsdp, fsdp2', 'ZeRO 1', 'ZeRO 2', 'ZeRO 3']
+        ['single GPU', 'ddp', 'moe_ddp', 'fsdp, fsdp2', 'ZeRO 1', 'ZeRO 2', 'ZeRO 3']
         >>> footprint.memory[0].weights == 4 * footprint.parameters + 4 * 4  # the rotary embedding's two buffers
         True
     """

@@ -326,10 +326,10 @@ def empty_moe(path: str | Path) -> nn.Module:
         ValueError: if the saved model is no Hugging Face model.
     """
     with torch.device("meta"):
-        return _upcycled(path, None).eval()
+        return _upcycled(path, None, meta=True).eval()
 
 
-def _upcycled(path: str | Path, model: nn.Module | None) -> nn.Module:
+def _upcycled(path: str | Path, model: nn.Module | None, *, meta: bool = False) -> nn.Module:
     # as the recipe says, its weights not yet loaded
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
@@ -340,7 +340,7 @@ def _upcycled(path: str | Path, model: nn.Module | None) -> nn.Module:
             raise ValueError(
                 f"{path} was saved from a model that is none of transformers'; pass model=<the dense one>."
             )
-        model = empty_model(config["model"])
+        model = empty_model(config["model"], meta=meta)
     apply_recipe(model, config["recipe"])
     return model
 

@@ -139,6 +139,8 @@ def on_several(
     found = [
         # DDP's buckets hold all gradients a second time, by default
         _at_peak("ddp", stays, moments, gathered=stays.gradients + stays.written_out),
+        # its gradients live in the buckets
+        _at_peak("moe_ddp", stays, moments, gathered=stays.written_out),
         _at_peak("fsdp, fsdp2", stays, moments, *3 * (num_devices,), gathered=gathered),
     ]
     if expert_parallel_size > 1:
