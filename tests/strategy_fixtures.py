@@ -41,6 +41,15 @@ class Descending(ForeignModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class Adaptive(Descending):
+    """By AdamW, which counts its steps, in two groups that are in another order than the module."""
+
+    def configure_optimizers(self):
+        named = list(self.named_parameters())
+        experts, rest = ([p for name, p in named if (".mlp." in name) is chosen] for chosen in (True, False))
+        return torch.optim.AdamW([{"params": experts, "lr": 0.02}, {"params": rest, "lr": 0.01, "weight_decay": 0.3}])
+
+
 class Native(Descending):
     """A model that brings MoE blocks of its own."""
 
@@ -97,28 +106,29 @@ def _whole_gradient(trainer, parameter):
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
 
 
-def fit(folder, strategy, *, epochs=1, ckpt_path=None, clip=None, accumulate=1, ranks=2, **options):
+def fit(folder, strategy, *, epochs=1, ckpt_path=None, clip=None, accumulate=1, ranks=2, kind=None, **options):
     """Trains on this rank's share; returns the trainer, the module and the first step's gradients."""
     first = FirstGradients()
     trainer = trainer_of(
         folder, [callback(**options), first], strategy=strategy, devices=ranks, use_distributed_sampler=False,
         max_epochs=epochs, gradient_clip_val=clip, accumulate_grad_batches=accumulate, log_every_n_steps=1,
     )  # fmt: skip
-    module = Native() if options.get("native") else Descending()
+    module = (kind or (Native if options.get("native") else Descending))()
     trainer.fit(module, share(int(os.environ.get("LOCAL_RANK", 0)), ranks, accumulate), ckpt_path=ckpt_path)
     return trainer, module, first.gradients
 
 
-def one_process(folder, *, ranks=2, accumulate=1, clip=None, **options):
+def one_process(folder, *, ranks=2, accumulate=1, clip=None, kind=None, **options):
     """The same on one process, which takes as many micro-batches for a step as there would be ranks."""
     first = FirstGradients()
     trainer = trainer_of(
         folder, [callback(**options), first], accumulate_grad_batches=ranks * accumulate, gradient_clip_val=clip,
         log_every_n_steps=1,
     )  # fmt: skip
-    module = Native() if options.get("native") else Descending()
+    module = (kind or (Native if options.get("native") else Descending))()
     steps = STEPS - STEPS % accumulate
     trainer.fit(module, loader(batches(ranks * steps, padding=True)))
+    trainer.save_checkpoint(Path(folder, "single.ckpt"))
     return {
         "weights": module.state_dict(),
         "losses": module.losses,
@@ -173,27 +183,24 @@ def explore(folder, strategies):
 
 
 def go_on(folder, strategies):
-    """Two epochs with each strategy, and two with a checkpoint after the first; and what it says to a foreign one."""
+    """Two epochs with each strategy, and two with a checkpoint after the first, its own and that of others."""
     torch.set_num_threads(1)
     found = {}
-    trainer, *_ = fit(folder, "moe_ddp")
-    trainer.save_checkpoint(f"{folder}/foreign.ckpt")
+    trainer, *_ = fit(folder, "moe_fsdp2", kind=Adaptive)
+    trainer.save_checkpoint(f"{folder}/fsdp2.ckpt")
     for name, make in strategies.items():
-        path = f"{folder}/{name}.ckpt"
-        trainer, *_ = fit(folder, make())
+        trainer, *_ = fit(folder, make(), kind=Adaptive)
         for _ in range(2):
             # the second time over the first
-            trainer.save_checkpoint(path)
-        straight = whole(fit(folder, make(), epochs=2)[0], folder)
-        try:
-            fit(folder, make(), ckpt_path=f"{folder}/foreign.ckpt")
-        except ValueError as error:
-            told = str(error)
-        found[name] = {
-            "straight": straight,
-            "resumed": whole(fit(folder, make(), epochs=2, ckpt_path=path)[0], folder),
-            "told": told,
-        }
+            trainer.save_checkpoint(f"{folder}/{name}.ckpt")
+        found[name] = {"straight": whole(fit(folder, make(), epochs=2, kind=Adaptive)[0], folder)}
+        for writer in ("single", "fsdp2", *found):
+            path = f"{folder}/{writer}.ckpt"
+            found[name][writer] = whole(fit(folder, make(), epochs=2, kind=Adaptive, ckpt_path=path)[0], folder)
+        path = f"{folder}/{name}.ckpt"
+        found[name]["read by moe_fsdp2"] = whole(
+            fit(folder, "moe_fsdp2", epochs=2, kind=Adaptive, ckpt_path=path)[0], folder
+        )
     if trainer.is_global_zero:
         Path(folder, "result.pkl").write_bytes(pickle.dumps(found))
     dist.barrier()

@@ -74,17 +74,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 from checkpoint_fixtures import run
 
-from lightning_moe import MoEDeepSpeedStrategy, MoEFSDP2Strategy
+from lightning_moe import MoEDeepSpeedStrategy
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
 strategy = MoEDeepSpeedStrategy(stage=2, process_group_backend="gloo")
 run(folder, strategy, save=folder + "/zero.ckpt")
-try:
-    run(folder, MoEFSDP2Strategy(), epochs=2, ckpt_path=folder + "/zero.ckpt")
-except ValueError as error:
-    if strategy.is_global_zero:
-        open(folder + "/told.txt", "w").write(str(error))
 torch.distributed.barrier()
 """
 
@@ -100,7 +95,3 @@ def test_the_shards_of_zero_become_one_model(pairs, tmp_path):
     for name, weight in found.items():
         one = expected[f"net.inner.{name}"]
         assert (weight - one).abs().max() <= 1e-5 * one.abs().max(), name
-    told = (tmp_path / "told.txt").read_text()
-    assert re.match(
-        r".*zero\.ckpt was written by DeepSpeed, whose optimizer states no other strategy reads\. .*$", told
-    )

@@ -11,7 +11,6 @@ import torch
 from fsspec.utils import get_protocol
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_moe.checkpoints import kind_of, read_checkpoint, read_outline
 from lightning_moe.layer import plain_name
@@ -127,11 +126,6 @@ class AtomicSave:
 
     def _as_file(self: Any, path: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"{path} was written by DeepSpeed, whose optimizer states no other strategy reads. Go on with "
-                f"DeepSpeed, or begin a new run: lightning-moe consolidate --checkpoint {path} --output my-moe."
-            )
         states = checkpoint.get("optimizer_states", [])
         for state, names in zip(states, self._optimizer_names(states), strict=False):
             state["state"] = {names[label]: value for label, value in state["state"].items()}

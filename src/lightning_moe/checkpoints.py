@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lightning_moe.zero_checkpoints import read_zero_optimizer
+
 RECIPE_KEY = "lightning_moe"
 # what Lightning writes beside the shards of torch.distributed.checkpoint
 META_FILE = "meta.pt"
@@ -28,8 +30,7 @@ def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, A
 
     One file, and directories of FSDP (``state_dict_type="sharded"``), of ModelParallelStrategy and `MoEFSDP2Strategy`,
     and of DeepSpeed's ZeRO. All of it must fit into memory; the tensors of one file are mapped, not copied. Optimizer
-    states of a directory name their parameters instead of counting them, which torch and Lightning read as well; those
-    of ZeRO stay where they are.
+    states of a directory name their parameters instead of counting them, which torch and Lightning read as well.
 
     Args:
         path: the file or directory.
@@ -55,7 +56,7 @@ def read_checkpoint(path: str | Path, *, optimizers: bool = True) -> dict[str, A
     if kind == "file":
         checkpoint = _load(place)
     elif kind == "zero":
-        checkpoint = _read_zero(place)
+        checkpoint = _read_zero(place, optimizers)
     else:
         checkpoint = _read_shards(place, optimizers)
     _check_weights(path, checkpoint)
@@ -112,6 +113,16 @@ def kind_of(path: str | Path) -> Literal["file", "state_dict", "model", "zero"]:
     if any(place.glob(f"*/{_ZERO_FILES}")):
         return "zero"
     raise ValueError(f"{path} is a directory, but no checkpoint: it holds neither .metadata nor {_ZERO_FILES}.")
+
+
+def zero_layout(path: str | Path) -> tuple[int, int]:
+    """The stage of ZeRO that wrote a checkpoint of DeepSpeed's, and on how many processes.
+
+    Args:
+        path: the directory, of the kind ``"zero"``.
+    """
+    states = _load(sorted(Path(path).expanduser().glob(f"*/{_ZERO_FILES}"))[0])
+    return states["ds_config"]["zero_optimization"]["stage"], states["dp_world_size"]
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -233,7 +244,7 @@ def _lists(node: Any) -> Any:
     return {key: _lists(value) for key, value in node.items()}
 
 
-def _read_zero(directory: Path) -> dict[str, Any]:
+def _read_zero(directory: Path, optimizers: bool) -> dict[str, Any]:
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -247,10 +258,13 @@ def _read_zero(directory: Path) -> dict[str, Any]:
     known: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     with torch.serialization.safe_globals(known), _weights_only_everywhere(), redirect_stdout(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(directory))
-    checkpoint = _load(sorted(directory.glob(f"*/{_ZERO_FILES}"))[0])
+        file = sorted(directory.glob(f"*/{_ZERO_FILES}"))[0]
+        checkpoint = _load(file)
+        state = read_zero_optimizer(file.parent, checkpoint["param_shapes"]) if optimizers else None
     own = {"module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "optimizer", "ds_config"}
     return {key: value for key, value in checkpoint.items() if key not in own} | {
-        "state_dict": {name: weight.detach() for name, weight in weights.items()}
+        "state_dict": {name: weight.detach() for name, weight in weights.items()},
+        **({} if state is None else {"optimizer_states": [state]}),
     }
 
 

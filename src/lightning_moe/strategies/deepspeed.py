@@ -5,11 +5,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_moe.atomic import AtomicSave
 from lightning_moe.blocks import moe_modules
-from lightning_moe.checkpoints import kind_of
+from lightning_moe.checkpoints import RECIPE_KEY, kind_of, read_checkpoint, zero_layout
+from lightning_moe.saving import check_recipe
+from lightning_moe.strategies.zero_filling import fill_optimizer, fill_weights
 
 
 class MoEDeepSpeedStrategy(AtomicSave, DeepSpeedStrategy):
@@ -34,20 +37,42 @@ class MoEDeepSpeedStrategy(AtomicSave, DeepSpeedStrategy):
         # Lightning would ask the loader for it, which not every loader can tell; only DeepSpeed's own timing wants it
         kwargs.setdefault("logging_batch_size_per_gpu", 1)
         super().__init__(stage=stage, **kwargs)
+        self._group_names: list[list[str]] = []
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads what DeepSpeed wrote; of other checkpoints it takes no optimizer states.
+        """Reads what DeepSpeed wrote with any stage, on any number of processes, and what any other strategy did.
 
         Raises:
-            ValueError: if the checkpoint is none of DeepSpeed's, unless ``load_full_weights`` was asked for.
+            ValueError: if the checkpoint is of another module, or is none.
         """
-        if self.load_full_weights or kind_of(checkpoint_path) == "zero":
+        if self.load_full_weights or self._is_own(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
-        raise ValueError(
-            f"{checkpoint_path} is none of DeepSpeed's, which takes no optimizer states of others. Go on with the "
-            "strategy that wrote it, or begin a new run with its weights: lightning-moe consolidate --checkpoint "
-            f"{checkpoint_path} --output my-moe, then model: my-moe."
-        )
+        checkpoint = read_checkpoint(self.broadcast(str(checkpoint_path)))
+        module = self.lightning_module
+        assert module is not None
+        weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+        check_recipe(module, checkpoint.get(RECIPE_KEY), weights)
+        if missing := [name for name, _ in module.named_parameters() if name not in weights]:
+            raise ValueError(f"{checkpoint_path} holds no {missing[0]}: it is not of {type(module).__name__}.")
+        with torch.no_grad():
+            fill_weights(module, weights, self.global_rank)
+            if module.trainer.state.fn == TrainerFn.FITTING and states:
+                fill_optimizer(self.optimizers[0], module, states[0], self._group_names, self.global_rank)
+        return checkpoint
+
+    def _is_own(self, path: Any) -> bool:
+        if kind_of(path) != "zero":
+            return False
+        assert isinstance(self.config, dict)
+        stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        return zero_layout(path) == (stage, self.world_size)
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if optimizer is not None:
+            # DeepSpeed flattens the groups
+            self._group_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def setup_environment(self) -> None:
         """Also on the CPU, where Lightning refuses."""
