@@ -10,7 +10,7 @@ from strategy_fixtures import CLIP, EXPERTS, STEPS, Adaptive, Native, explored, 
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, upcycle
+from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, quantize_frozen, upcycle
 from lightning_moe.blocks import loose_layers, moe_blocks, moe_modules, sharding_units
 from lightning_moe.checkpoints import read_checkpoint
 from lightning_moe.strategies import STRATEGIES, check_strategy
@@ -254,6 +254,13 @@ def test_zero_becomes_what_one_process_writes(zero_resumed, name):
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises((ValueError, MisconfigurationException), match=message):
         make()
+
+
+def test_fsdp1_refuses_weights_in_4_bit():
+    module = upcycled(ForeignModule())
+    quantize_frozen(module)
+    with pytest.raises(MisconfigurationException, match=r"weights in 4 bit are bytes\. Take moe_fsdp2 or moe_ddp"):
+        MoEFSDPStrategy()._setup_model(module)
 
 
 def test_ddp_gradients_live_in_the_buckets():

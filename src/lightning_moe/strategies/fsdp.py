@@ -11,6 +11,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 
 from lightning_moe.atomic import AtomicSave
 from lightning_moe.blocks import moe_blocks, moe_modules
+from lightning_moe.quantization import four_bit_weights
 
 
 class MoEFSDPStrategy(AtomicSave, FSDPStrategy):
@@ -25,7 +26,8 @@ class MoEFSDPStrategy(AtomicSave, FSDPStrategy):
         kwargs: of `FSDPStrategy` and of torch's `FullyShardedDataParallel`; ``use_orig_params`` stays True.
 
     Raises:
-        MisconfigurationException: if ``auto_wrap_policy`` is given, or ``use_orig_params`` is False.
+        MisconfigurationException: if ``auto_wrap_policy`` is given, or ``use_orig_params`` is False; at setup, if there
+            are weights in 4 bit.
 
     Example:
         >>> MoEFSDPStrategy(sharding_strategy="SHARD_GRAD_OP").sharding_strategy.name
@@ -51,6 +53,11 @@ class MoEFSDPStrategy(AtomicSave, FSDPStrategy):
         del self.kwargs["auto_wrap_policy"]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
+        if four_bit_weights(model):
+            raise MisconfigurationException(
+                "moe_fsdp: FSDP1 flattens parameters of one dtype, and weights in 4 bit are bytes. Take moe_fsdp2 or "
+                "moe_ddp, or leave quantize out."
+            )
         if not any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             self._units = {id(part) for part in (*moe_modules(model).values(), *moe_blocks(model))}
             model = FullyShardedDataParallel(
