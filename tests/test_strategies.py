@@ -1,7 +1,5 @@
 """Each strategy: several gloo processes train what one does."""
 
-import shutil
-
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,9 +33,7 @@ TORCH = ("moe_ddp", "moe_fsdp", "moe_fsdp2", "expert parallel")
 # what depends on the time that passed, and on what the first micro-batch is
 OF_THE_RUN = ("per_second", "selection_change")
 ZERO = ("zero 1", "zero 2", "zero 3")
-# DeepSpeed compiles a part of itself when it is first used on a CPU
-COMPILED = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed on the CPU needs a C++ compiler")
-TWO = [*TORCH, *(pytest.param(name, marks=[pytest.mark.slow, COMPILED]) for name in ZERO)]
+TWO = [*TORCH, *(pytest.param(name, marks=pytest.mark.slow) for name in ZERO)]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +197,6 @@ def zero_resumed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@COMPILED
 @pytest.mark.parametrize("writer", ["itself", "single", "fsdp2", *ZERO])
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_goes_on_where_it_or_another_stopped(zero_resumed, two, name, writer):
@@ -214,14 +209,12 @@ def test_zero_goes_on_where_it_or_another_stopped(zero_resumed, two, name, write
 
 
 @pytest.mark.slow
-@COMPILED
 @pytest.mark.parametrize("name", ZERO)
 def test_others_go_on_where_zero_stopped(zero_resumed, name):
     close(zero_resumed[1][name]["read by moe_fsdp2"], zero_resumed[1][name]["straight"])
 
 
 @pytest.mark.slow
-@COMPILED
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_becomes_what_one_process_writes(zero_resumed, name):
     folder, _ = zero_resumed
