@@ -41,7 +41,7 @@ from lightning_moe import (
     train_only,
     upcycle,
 )
-from lightning_moe.callbacks.precision import check_quantization
+from lightning_moe.callbacks.neighbours import check_quantization
 from lightning_moe.cli import MoECLI
 from lightning_moe.four_bit import Linear4bit
 from lightning_moe.quantization import four_bit_weights

@@ -187,6 +187,29 @@ def overrides(module: nn.Module, name: str) -> bool:
     return not place.startswith(("lightning.pytorch.core.", "pytorch_lightning.core.", "torch.nn.modules.module"))
 
 
+def run_after(pl_module: LightningModule, name: str, then: Callable[..., None]) -> None:
+    """Calls ``then(returned, *given)`` after each call of a module's hook, until `restore_hook`."""
+    # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true. A callback for
+    # another part of the module may have done the same before.
+    original = getattr(pl_module, name)
+
+    def hook(*given: Any) -> Any:
+        made = original(*given)
+        then(made, *given)
+        return made
+
+    hook._lightning_moe_original = pl_module.__dict__.get(name)  # type: ignore[attr-defined]
+    pl_module.__dict__[name] = hook
+
+
+def restore_hook(pl_module: LightningModule, name: str) -> None:
+    """Gives a module its own hook back, however many times `run_after` was called."""
+    while hasattr(hook := pl_module.__dict__.get(name), "_lightning_moe_original"):
+        del pl_module.__dict__[name]
+        if hook._lightning_moe_original is not None:  # type: ignore[union-attr]
+            pl_module.__dict__[name] = hook._lightning_moe_original  # type: ignore[union-attr]
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's own list, which Lightning sets without declaring it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -200,9 +223,14 @@ def on(state: Any, device: torch.device | str) -> Any:
     return state.to(device) if isinstance(state, Tensor) else state
 
 
+def kinds(thing: Any) -> set[str]:
+    """The names of an object's class and of those above it, whichever of Lightning's two packages it is of."""
+    return {cls.__name__ for cls in type(thing).__mro__}
+
+
 def uses_deepspeed(trainer: Any) -> bool:
     """Whether the strategy is DeepSpeed's, whose optimizers hold flattened copies of the parameters."""
-    return any("DeepSpeed" in cls.__name__ for cls in type(trainer.strategy).__mro__)
+    return any("DeepSpeed" in name for name in kinds(trainer.strategy))
 
 
 def steps_now(trainer: Any) -> bool:

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
@@ -55,6 +56,31 @@ def repoint(module: nn.Module, made: Any, sources: Sources) -> None:
                 unique = {id(p): p for p in new}
                 present |= set(unique)
                 group["params"] = kept + list(unique.values())
+
+
+def check_trained(layers: Mapping[str, MoELayer], optimizers: Iterable[Optimizer]) -> None:
+    """Raises if an expert or a router would never train, because no optimizer holds it.
+
+    Args:
+        layers: by name.
+        optimizers: all of them, not yet wrapped by a strategy that flattens parameters.
+
+    Raises:
+        MisconfigurationException: with the names of the forgotten parameters.
+    """
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    forgotten = [
+        f"{name}.{key}"
+        for name, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+        if parameter.requires_grad and id(parameter) not in trained
+    ]
+    if forgotten:
+        raise MisconfigurationException(
+            f"{len(forgotten)} MoE parameters are in no optimizer and would never train: {', '.join(forgotten[:3])}"
+            f"{', ...' if len(forgotten) > 3 else ''}. Build the optimizer in configure_optimizers() from "
+            "self.parameters(), or set requires_grad=False on what shall stay as it is."
+        )
 
 
 def drop_frozen(made: Any) -> None:

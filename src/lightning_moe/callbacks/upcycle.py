@@ -18,6 +18,8 @@ from lightning_moe.callbacks.base import (
     callbacks_of,
     has_training_batches,
     overrides,
+    restore_hook,
+    run_after,
     training_batches,
     uses_deepspeed,
 )
@@ -26,8 +28,14 @@ from lightning_moe.callbacks.dense_checkpoint import load_dense
 from lightning_moe.callbacks.expert_bias import ExpertBiasCallback
 from lightning_moe.callbacks.frozen import check_frozen
 from lightning_moe.callbacks.monitor import ExpertUtilizationCallback
-from lightning_moe.callbacks.optimizers import dense_sources, drop_frozen, keep_routers_in_32_bits, repoint
-from lightning_moe.callbacks.precision import check_quantization
+from lightning_moe.callbacks.neighbours import check_launcher, check_order, check_quantization
+from lightning_moe.callbacks.optimizers import (
+    check_trained,
+    dense_sources,
+    drop_frozen,
+    keep_routers_in_32_bits,
+    repoint,
+)
 from lightning_moe.callbacks.recomputing import check_recomputing, checkpoint_activations
 from lightning_moe.callbacks.unreached import check_reached
 from lightning_moe.checkpoints import RECIPE_KEY
@@ -140,21 +148,21 @@ class MoEUpcycleCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Upcycles the model, now or, if it is built in ``configure_model``, right after that."""
-        _check_launcher(trainer, pl_module)
-        _check_order(trainer, self)
+        check_launcher(trainer, pl_module)
+        check_order(trainer, self)
         make_atomic(trainer)
         check_quantization(trainer, self.quantize)
         self._add_parts(trainer)
         if self._is_lazy(pl_module):
-            _run_after(pl_module, "configure_model", lambda _: self._prepare(trainer, pl_module))
+            run_after(pl_module, "configure_model", lambda _: self._prepare(trainer, pl_module))
         else:
             self._prepare(trainer, pl_module)
         if stage == "fit":
-            _run_after(pl_module, "configure_optimizers", lambda made: self._set_up_optimizers(pl_module, made))
+            run_after(pl_module, "configure_optimizers", lambda made: self._set_up_optimizers(pl_module, made))
             # for ModelCheckpoint(save_weights_only=True), which asks no callback
-            _run_after(pl_module, "on_save_checkpoint", lambda _, saved: self._write_recipe(pl_module, saved))
+            run_after(pl_module, "on_save_checkpoint", lambda _, saved: self._write_recipe(pl_module, saved))
         # before the weights are loaded, and after the module's own hook, which may change names
-        _run_after(pl_module, "on_load_checkpoint", lambda _, loaded: _check_loaded(pl_module, loaded))
+        run_after(pl_module, "on_load_checkpoint", lambda _, loaded: _check_loaded(pl_module, loaded))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes sure that every expert and router is trained."""
@@ -178,21 +186,7 @@ class MoEUpcycleCallback(Callback):
             # its optimizers hold flattened copies, made from the parameters that configure_optimizers named
             self._unchecked = {}
             return
-        trained = {
-            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        forgotten = [
-            f"{name}.{key}"
-            for name, layer in self._unchecked.items()
-            for key, parameter in layer.named_parameters()
-            if parameter.requires_grad and id(parameter) not in trained
-        ]
-        if forgotten:
-            raise MisconfigurationException(
-                f"{len(forgotten)} MoE parameters are in no optimizer and would never train: {', '.join(forgotten[:3])}"
-                f"{', ...' if len(forgotten) > 3 else ''}. Build the optimizer in configure_optimizers() from "
-                "self.parameters(), or set requires_grad=False on what shall stay as it is."
-            )
+        check_trained(self._unchecked, trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Warns, at the first step only, of layers that the loss does not reach."""
@@ -264,7 +258,7 @@ class MoEUpcycleCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the module its own methods back and takes the parts out of the Trainer."""
         for name in ("configure_model", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint"):
-            _restore(pl_module, name)
+            restore_hook(pl_module, name)
         if self._keep_activations is not None:
             self._keep_activations()
             self._keep_activations = None
@@ -385,27 +379,6 @@ class MoEUpcycleCallback(Callback):
         return training_batches(trainer, batches) if isinstance(batches, int) else batches
 
 
-def _run_after(pl_module: LightningModule, name: str, then: Callable[..., None]) -> None:
-    # On the instance; Lightning calls the hook through the instance, and is_overridden() stays true. A callback for
-    # another part of the module may have done the same before.
-    original = getattr(pl_module, name)
-
-    def hook(*given: Any) -> Any:
-        made = original(*given)
-        then(made, *given)
-        return made
-
-    hook._lightning_moe_original = pl_module.__dict__.get(name)  # type: ignore[attr-defined]
-    pl_module.__dict__[name] = hook
-
-
-def _restore(pl_module: LightningModule, name: str) -> None:
-    while hasattr(hook := pl_module.__dict__.get(name), "_lightning_moe_original"):
-        del pl_module.__dict__[name]
-        if hook._lightning_moe_original is not None:  # type: ignore[union-attr]
-            pl_module.__dict__[name] = hook._lightning_moe_original  # type: ignore[union-attr]
-
-
 def _has(trainer: Trainer, kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks_of(trainer))
 
@@ -414,24 +387,3 @@ def _check_loaded(pl_module: LightningModule, checkpoint: dict[str, Any]) -> Non
     # sharded strategies have loaded the weights by now, and taken them out
     if pl_module.strict_loading and "state_dict" in checkpoint:
         check_recipe(pl_module, checkpoint.get(RECIPE_KEY), checkpoint["state_dict"])
-
-
-def _check_launcher(trainer: Trainer, pl_module: LightningModule) -> None:
-    launcher = type(getattr(trainer.strategy, "launcher", None)).__name__
-    if launcher == "_MultiProcessingLauncher" and not moe_layers(pl_module):
-        raise MisconfigurationException(
-            "MoEUpcycleCallback cannot work with a strategy that spawns or forks its processes (ddp_spawn, ddp_fork, "
-            "ddp_notebook): the trained experts would stay in the children and be lost. Use strategy='ddp', or call "
-            "upcycle(model, config) before trainer.fit(...)."
-        )
-
-
-def _check_order(trainer: Trainer, own: Callback) -> None:
-    # these copy or freeze the dense module in their own setup
-    early = {"WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"}
-    for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(own)]:
-        if early & {cls.__name__ for cls in type(callback).__mro__}:
-            raise MisconfigurationException(
-                f"{type(callback).__name__} stands before MoEUpcycleCallback in the Trainer's callbacks and would work "
-                "on the dense module. Put MoEUpcycleCallback first."
-            )
