@@ -11,7 +11,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from lightning_moe import MoEDDPStrategy, MoEFSDP2Strategy, MoEFSDPStrategy, quantize_frozen, upcycle
 from lightning_moe.blocks import loose_layers, moe_blocks, moe_modules, sharding_units
 from lightning_moe.checkpoints import read_checkpoint
-from lightning_moe.strategies import STRATEGIES, check_strategy
+from lightning_moe.cli import check_strategy
+from lightning_moe.strategies import STRATEGIES
 from lightning_moe.strategies.fsdp2 import _check_sharded
 
 TORCH_TWO = """{

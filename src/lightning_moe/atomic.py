@@ -92,8 +92,9 @@ class AtomicSave:
         self.barrier()
 
     def load_checkpoint(self: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads what any strategy wrote, once its recipe is the module's."""
+        """Reads what any strategy wrote, once its recipe is the module's; tensors and plain Python only by default."""
         load = super().load_checkpoint  # type: ignore[misc]
+        weights_only = True if weights_only is None else weights_only
         path = Path(self.broadcast(str(checkpoint_path)))
         kind = kind_of(path)
         if kind != "zero" and self.lightning_module.strict_loading:

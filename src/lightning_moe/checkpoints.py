@@ -121,7 +121,7 @@ def zero_layout(path: str | Path) -> tuple[int, int]:
     Args:
         path: the directory, of the kind ``"zero"``.
     """
-    states = _load(sorted(Path(path).expanduser().glob(f"*/{_ZERO_FILES}"))[0])
+    states = _load(_first_zero_file(Path(path).expanduser()))
     return states["ds_config"]["zero_optimization"]["stage"], states["dp_world_size"]
 
 
@@ -244,6 +244,10 @@ def _lists(node: Any) -> Any:
     return {key: _lists(value) for key, value in node.items()}
 
 
+def _first_zero_file(directory: Path) -> Path:
+    return min(directory.glob(f"*/{_ZERO_FILES}"))
+
+
 def _read_zero(directory: Path, optimizers: bool) -> dict[str, Any]:
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -258,7 +262,7 @@ def _read_zero(directory: Path, optimizers: bool) -> dict[str, Any]:
     known: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     with torch.serialization.safe_globals(known), _weights_only_everywhere(), redirect_stdout(io.StringIO()):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(directory))
-        file = sorted(directory.glob(f"*/{_ZERO_FILES}"))[0]
+        file = _first_zero_file(directory)
         checkpoint = _load(file)
         state = read_zero_optimizer(file.parent, checkpoint["param_shapes"]) if optimizers else None
     own = {"module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "optimizer", "ds_config"}

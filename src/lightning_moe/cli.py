@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 
 # imported so that jsonargparse finds them by their short names: class_path: MoEModule
 from lightning_moe.callbacks import (
@@ -41,7 +42,6 @@ from lightning_moe.strategies import (
     MoEDeepSpeedStrategy,
     MoEFSDP2Strategy,
     MoEFSDPStrategy,
-    check_strategy,
 )
 
 _CLASSES: tuple[type, ...] = (
@@ -124,6 +124,19 @@ class MoECLI(LightningCLI):
         strategy = self._get(self.config, "trainer", default={}).get("strategy")
         if isinstance(strategy, str):
             check_strategy(strategy)
+
+
+def check_strategy(name: str) -> None:
+    """Raises if Lightning, with this package, has no strategy of this name.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    known = [*StrategyRegistry.available_strategies(), "auto"]
+    if name.lower() not in known:
+        close = nearest(name, known)
+        meant = f" Did you mean {close!r}?" if close else ""
+        raise ValueError(f"strategy={name!r}: there is none of this name.{meant} Known: {', '.join(sorted(known))}.")
 
 
 def main(args: ArgsType = None) -> None:

@@ -4,8 +4,6 @@ The names are known once this package is imported after Lightning, or a part of 
 `MoEUpcycleCallback`.
 """
 
-from difflib import get_close_matches
-
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_moe.strategies.ddp import MoEDDPStrategy
@@ -21,19 +19,6 @@ STRATEGIES = {
     "moe_fsdp2": (MoEFSDP2Strategy, "FSDP2 that shards a Mixture of Experts block by block"),
     "moe_deepspeed": (MoEDeepSpeedStrategy, "DeepSpeed ZeRO with MoE layers as leaves"),
 }
-
-
-def check_strategy(name: str) -> None:
-    """Raises if Lightning, with this package, has no strategy of this name.
-
-    Raises:
-        ValueError: with the names that there are.
-    """
-    known = [*StrategyRegistry.available_strategies(), "auto"]
-    if name.lower() not in known:
-        close = get_close_matches(name.lower(), known, n=1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"strategy={name!r}: there is none of this name.{meant} Known: {', '.join(sorted(known))}.")
 
 
 def register_strategies() -> None:

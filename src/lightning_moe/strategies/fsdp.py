@@ -78,10 +78,6 @@ class MoEFSDPStrategy(AtomicSave, FSDPStrategy):
         assert isinstance(self.model, FullyShardedDataParallel)
         self.model.clip_grad_norm_(clip_val)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads tensors and plain Python only, unless told otherwise."""
-        return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Collects the weights, on the CPU as well."""
         if self.root_device.type != "cpu" or self._state_dict_type != "full":

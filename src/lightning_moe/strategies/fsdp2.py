@@ -68,12 +68,8 @@ class MoEFSDP2Strategy(AtomicSave, ModelParallelStrategy):
         super().__init__(data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout)
         self.expert_parallel_size = expert_parallel_size
         self.reshard_after_forward = reshard_after_forward
-        self._expert_mesh: DeviceMesh | None = None
-
-    @property
-    def expert_mesh(self) -> DeviceMesh | None:
+        self.expert_mesh: DeviceMesh | None = None
         """The mesh of the experts, with the dimensions ``data`` and ``expert``; None without expert parallelism."""
-        return self._expert_mesh
 
     def setup_environment(self) -> None:
         """Makes the meshes, of all processes where nothing else was asked for."""
@@ -88,7 +84,7 @@ class MoEFSDP2Strategy(AtomicSave, ModelParallelStrategy):
         super().setup_environment()
         if self.expert_parallel_size > 1:
             shape = (processes // self.expert_parallel_size, self.expert_parallel_size)
-            self._expert_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "expert"))
+            self.expert_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "expert"))
 
     def setup(self, trainer: Any) -> None:
         """Shards the module, if it has not done so itself, and makes the optimizers."""
@@ -97,7 +93,7 @@ class MoEFSDP2Strategy(AtomicSave, ModelParallelStrategy):
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             self._shard(module)
             _check_sharded(module)
-        if self._expert_mesh is not None:
+        if self.expert_mesh is not None:
             # torch's own does not add up norms over different meshes
             self.precision_plugin.clip_grad_by_norm = _clip_by_norm  # type: ignore[method-assign]
         if "configure_model" in module.__dict__:
@@ -111,15 +107,11 @@ class MoEFSDP2Strategy(AtomicSave, ModelParallelStrategy):
         finally:
             del module.__dict__["configure_model"]
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads tensors and plain Python only, unless told otherwise."""
-        return super().load_checkpoint(checkpoint_path, True if weights_only is None else weights_only)
-
     def _shard(self, module: nn.Module) -> None:
         spread: set[nn.Parameter] = set()
-        if self._expert_mesh is not None:
-            groups = self._expert_mesh["data"]
-            for layer in parallelize_experts(module, self._expert_mesh["expert"]).values():
+        if self.expert_mesh is not None:
+            groups = self.expert_mesh["data"]
+            for layer in parallelize_experts(module, self.expert_mesh["expert"]).values():
                 if groups.size() == 1:
                     spread.update(layer.experts.parameters())
                 else:
